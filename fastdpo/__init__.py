@@ -1,0 +1,1 @@
+"""fastdpo: preference training (DPO) on one GPU, memory-constrained, fast and exact."""
