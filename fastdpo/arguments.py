@@ -1,0 +1,383 @@
+"""Every option that fastdpo honours, declared once: dataset, model and training.
+
+Names and defaults are those of TRL's ScriptArguments, ModelConfig and DPOConfig and of
+transformers' TrainingArguments where the meaning is theirs. What stands here is honoured; what
+does not is refused by name (config.py). The standard library alone: see options.py.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import ConfigError, did_you_mean
+from .options import (
+    Bound,
+    Count,
+    Natural,
+    NonNegative,
+    Option,
+    Positive,
+    Share,
+    check,
+    check_fields,
+    checked_init,
+    describe,
+    option,
+)
+from .unsupported import ALIASES, RENAMED, TRL_NEUTRAL, is_neutral, unsupported
+
+LOSSES = ("sigmoid", "ipo", "hinge")
+TRL_LOSSES = (
+    *("exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+)
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr"),
+    *("cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+INTERVALS = ("no", "steps", "epoch")
+
+
+def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments `given` under the names of `owner`'s fields. Raises `ConfigError` for
+    a name that nothing knows, and for an option of TRL's that asks for what fastdpo does not do.
+    """
+    known = {f.name for f in fields(owner)}
+    given = dict(given)
+    for alias, name in ALIASES.items():
+        value = given.pop(alias, None)
+        if value is not None and given.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{alias!r} and {name!r} are one option with two values: {value!r} and "
+                f"{given[name]!r}; give one of them"
+            )
+    if (ratio := given.pop("warmup_ratio", None)) is not None:
+        _settle_warmup(given, ratio)
+    for name in [name for name in given if name not in known]:
+        if name not in TRL_NEUTRAL:
+            raise unknown(name, owner)
+        if not is_neutral(given[name], TRL_NEUTRAL[name]):
+            raise unsupported(name, given[name])
+        del given[name]
+    return given
+
+
+def _settle_warmup(given: dict[str, Any], ratio: Any) -> None:
+    share = check(Option("warmup_ratio", (float,), False, Bound(at_least=0, below=1)), ratio)
+    if share and given.get("warmup_steps"):
+        raise ConfigError(
+            f"'warmup_ratio' {share:g} and 'warmup_steps' {given['warmup_steps']!r} are both set; "
+            "give one of them (warmup_steps below 1 is a share of all steps)"
+        )
+    if share:
+        given["warmup_steps"] = share
+
+
+def unknown(name: str, owner: type | None = None) -> ConfigError:
+    """The error for an option that `owner` does not have, with its present or the nearest name.
+    Without `owner`: that none of the three classes has.
+    """
+    homes = [
+        cls for cls in (ScriptArguments, ModelConfig, TrainingOptions) if name in describe(cls)
+    ]
+    if owner is not None and homes:
+        return ConfigError(f"{name!r} is an option of {homes[0].__name__}, not of {owner.__name__}")
+    if name in RENAMED:
+        return ConfigError(f"unknown option {name!r}; its name is {RENAMED[name]}")
+    nearest = did_you_mean(name, options_by_name(owner))
+    return ConfigError(f"unknown option {name!r}{nearest or '; see `fastdpo train --help`'}")
+
+
+def options_by_name(owner: type | None = None) -> dict[str, Option]:
+    """All options of the command line's one name space, or those that `owner` has."""
+    result: dict[str, Option] = {}
+    for cls in (ModelConfig, ScriptArguments, TrainingOptions):
+        if owner is None or issubclass(owner, cls):
+            result |= {name: opt for name, opt in describe(cls).items() if name not in result}
+    return result
+
+
+@checked_init(settle)
+@dataclass
+class ScriptArguments:
+    """Which dataset; TRL's ScriptArguments."""
+
+    dataset_name: str | None = option(
+        None, "A file (.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a dataset of the hub."
+    )
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option(
+        "test", "Split to evaluate on, read where eval_strategy or eval_on_start asks for it."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, ScriptArguments)
+
+
+@checked_init(settle)
+@dataclass
+class ModelConfig:
+    """Which model, how it is loaded, and the adapter that is trained; TRL's ModelConfig."""
+
+    model_name_or_path: str | None = option(None, "A folder or hub name: a model, or an adapter.")
+    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
+    dtype: str | None = option(
+        "float32",
+        "Type of the weights in memory; `auto` keeps the saved one.",
+        ("auto", "bfloat16", "float16", "float32"),
+    )
+    trust_remote_code: bool = option(False, "Run the Python code that the model ships with.")
+    attn_implementation: str | None = option(
+        None,
+        "sdpa, varlen_attn or flash_attention_2; by default the fastest that runs here.",
+    )
+    use_peft: bool = option(False, "Train a LoRA adapter instead of the whole model.")
+    lora_r: Count = option(16, "Rank of the adapter.")
+    lora_alpha: Count = option(32, "Scale of the adapter: alpha / r.")
+    lora_dropout: Share = option(0.05, "Dropout inside the adapter, while disable_dropout is off.")
+    lora_target_modules: list[str] | None = option(
+        None, "Modules that get an adapter, by the end of their names; by default all-linear."
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "Modules trained in full beside the adapter, and saved with it."
+    )
+    use_rslora: bool = option(False, "Rank-stabilised scale: alpha / sqrt(r).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA.")
+    load_in_8bit: bool = option(False, "Hold the frozen base in 8 bits (bitsandbytes).")
+    load_in_4bit: bool = option(False, "Hold the frozen base in 4 bits (bitsandbytes): QLoRA.")
+    bnb_4bit_quant_type: str = option("nf4", "Format of the 4 bits.", ("fp4", "nf4"))
+    use_bnb_nested_quant: bool = option(False, "Quantize the 4-bit constants as well.")
+
+    def __post_init__(self) -> None:
+        check_fields(self, ModelConfig)
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("'load_in_8bit' and 'load_in_4bit' exclude each other; keep one")
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ConfigError(
+                    f"{name!r} holds frozen weights, which only an adapter can train; "
+                    "add use_peft: true (--use_peft)"
+                )
+
+
+@checked_init(settle)
+@dataclass
+class TrainingOptions:
+    """How to train: what fastdpo honours of TRL's DPOConfig, and its own options."""
+
+    # Where it is written
+    output_dir: str | None = option(None, "Folder for checkpoints, metrics and the result.")
+    overwrite_output_dir: bool = option(False, "Start over in a folder that holds a run.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or true for the latest one in output_dir."
+    )
+    run_name: str | None = option(None, "Name of the run for trackers.")
+
+    # Preference loss
+    loss_type: list[str] = option(["sigmoid"], "sigmoid (DPO), ipo or hinge.")
+    beta: Positive = option(0.1, "How strongly the policy is held to the reference; IPO's tau.")
+    label_smoothing: float = option(
+        0.0, "Share of labels taken to be flipped (cDPO), with the sigmoid loss. In [0, 0.5)."
+    )
+
+    # Reference
+    reference: str = option(
+        "auto",
+        "adapters_off: the model without its adapter. copy: the policy as it starts, frozen. "
+        "model: the ref_model passed in Python. auto chooses where one reading is possible.",
+        ("auto", "adapters_off", "copy", "model"),
+    )
+    precompute_ref_log_probs: bool = option(
+        False, "Compute all reference log-probs before training, then drop the reference."
+    )
+
+    # Data
+    max_length: Count | None = option(
+        1024, "Most tokens of prompt + response; longer responses lose their end. none: no limit."
+    )
+    truncation_mode: str = option("keep_start", "What truncation keeps.", ("keep_start",))
+    dataset_format: str = option("auto", "How the columns are read; auto goes by their names.")
+    on_bad_row: str = option(
+        "error",
+        "What to do with a row whose response is empty, or whose responses are identical; a "
+        "None value is dropped or an error.",
+        ("error", "drop", "keep"),
+    )
+    dataset_num_proc: Count | None = option(None, "Processes that tokenize.")
+
+    # Packs
+    max_tokens_per_pack: Count = option(8192, "Most tokens in one forward pass: the memory dial.")
+    packing_mode: str = option(
+        "auto",
+        "shared: a prompt is computed once for its responses. auto takes the first that is exact "
+        "for the model: shared, unshared, padded.",
+        ("auto", "shared", "unshared", "padded"),
+    )
+    group_by_prompt: bool = option(False, "Keep pairs of one prompt in one step.")
+    attn_implementation: str | None = option(
+        None,
+        "sdpa, varlen_attn or flash_attention_2; by default the fastest that runs here.",
+    )
+
+    # Steps
+    per_device_train_batch_size: Count = option(
+        8, "Pairs per step, with gradient_accumulation_steps and ranks as factors."
+    )
+    gradient_accumulation_steps: Count = option(1, "A factor of the pairs per step.")
+    num_train_epochs: Positive = option(3.0, "Passes over the training pairs.")
+    max_steps: int = option(-1, "Optimizer steps, in place of epochs where positive.")
+    train_sampling_strategy: str = option(
+        "random",
+        "Shuffled every epoch, or in the dataset's order.",
+        ("random", "sequential"),
+    )
+    dataloader_drop_last: bool = option(False, "Leave out an epoch's last, smaller step.")
+    seed: Natural = option(42, "Seed of everything random.")
+    data_seed: Natural | None = option(None, "Seed of the order of pairs; by default `seed`.")
+
+    # Optimizer
+    learning_rate: NonNegative = option(1e-6, "Peak learning rate.")
+    lr_scheduler_type: str = option("linear", "Schedule of the learning rate.", SCHEDULES)
+    lr_scheduler_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the schedule.")
+    warmup_steps: NonNegative = option(0, "Warm-up in steps, or below 1 as a share of all steps.")
+    optim: str = option("adamw_torch_fused", "Optimizer; 8-bit ones need [qlora].", OPTIMIZERS)
+    optim_args: str | None = option(None, "Its arguments, as `name=value,name=value`.")
+    weight_decay: NonNegative = option(0.0, "Decay of all weights but biases and norms.")
+    adam_beta1: Share = option(0.9, "Adam's first moment.")
+    adam_beta2: Share = option(0.999, "Adam's second moment.")
+    adam_epsilon: Positive = option(1e-8, "Adam's epsilon.")
+    max_grad_norm: NonNegative = option(1.0, "Clip the gradient's norm here; 0 does not clip.")
+
+    # Precision and memory
+    bf16: bool | None = option(None, "Compute in bfloat16; by default where the GPU has it.")
+    tf32: bool | None = option(None, "Multiply fp32 matrices in TF32.")
+    disable_dropout: bool = option(True, "Train without dropout, as the reference is computed.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
+    logps_impl: str = option(
+        "auto", "Implementation of the log-prob kernel.", ("auto", "triton", "torch")
+    )
+    logps_workspace_bytes: Natural = option(256 * 2**20, "Most bytes the log-probs may borrow.")
+    model_init_kwargs: dict[str, Any] | str | None = option(None, "Arguments of from_pretrained.")
+    trust_remote_code: bool = option(False, "Run the Python code that the model ships with.")
+    deterministic: bool = option(False, "Bitwise repeatable on a GPU too, at some cost.")
+    first_step_check: bool = option(
+        True, "Stop where policy and reference differ before the first update."
+    )
+    use_cpu: bool = option(False, "Run on the CPU.")
+    ddp_backend: str | None = option(
+        None,
+        "Communication between ranks.",
+        ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
+    )
+    ddp_timeout: Count = option(1800, "Seconds that a rank waits for the others.")
+
+    # Evaluation
+    eval_strategy: str = option("no", "When to evaluate.", INTERVALS)
+    eval_steps: Positive | None = option(
+        None, "Steps between evaluations, or below 1 their share of all steps."
+    )
+    eval_delay: NonNegative = option(0, "Steps or epochs before the first evaluation.")
+    eval_on_start: bool = option(False, "Evaluate before the first step.")
+    per_device_eval_batch_size: Count = option(8, "Pairs per evaluation batch.")
+    load_best_model_at_end: bool = option(False, "End with the best checkpoint, not the last.")
+    metric_for_best_model: str | None = option(None, "Metric that tells the best; the loss.")
+    greater_is_better: bool | None = option(None, "Whether that metric should rise.")
+
+    # Checkpoints
+    save_strategy: str = option("steps", "When to save a checkpoint.", INTERVALS)
+    save_steps: Positive = option(
+        500, "Steps between checkpoints, or below 1 their share of all steps."
+    )
+    save_total_limit: Count | None = option(None, "Most checkpoints to keep.")
+    save_only_model: bool = option(False, "Save without optimizer state: no resuming.")
+
+    # Log
+    logging_strategy: str = option("steps", "When to log.", INTERVALS)
+    logging_steps: Positive = option(10, "Steps between logs, or below 1 their share of all.")
+    logging_first_step: bool = option(False, "Log the first step as well.")
+    disable_tqdm: bool | None = option(None, "No progress bars.")
+    report_to: list[str] = option(
+        ["none"], "Trackers, through transformers' callbacks: tensorboard, wandb, all, none, …"
+    )
+    project: str = option("huggingface", "Project of the tracker.")
+    trackio_space_id: str | None = option(None, "Space that shows Trackio's runs.")
+
+    def __post_init__(self) -> None:
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Types, domains, and what two options say together. Raises `ConfigError`."""
+        if isinstance(self.resume_from_checkpoint, bool):
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint)
+        check_fields(self, TrainingOptions)
+        self._check_loss()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"'label_smoothing' expects a number >= 0 and < 0.5, got {self.label_smoothing:g}"
+            )
+        if self.label_smoothing and self.loss_type != ["sigmoid"]:
+            raise ConfigError(
+                "'label_smoothing' belongs to the sigmoid loss; set it to 0 or use "
+                f"loss_type='sigmoid' instead of {self.loss_type[0]!r}"
+            )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ConfigError(
+                f"'max_steps' expects a whole number >= 1, or -1 to go by epochs; "
+                f"got {self.max_steps}"
+            )
+        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+            raise ConfigError(
+                "'load_best_model_at_end' needs an evaluation at every checkpoint: eval_strategy "
+                f"is {self.eval_strategy!r} and save_strategy {self.save_strategy!r}; use one"
+            )
+        if self.packing_mode not in ("auto", "shared") and self.group_by_prompt:
+            raise ConfigError(
+                f"'group_by_prompt' shares prompts, which packing_mode={self.packing_mode!r} does "
+                "not; leave one of the two out"
+            )
+
+    def _check_loss(self) -> None:
+        names = self.loss_type
+        for name in names:
+            if name in TRL_LOSSES:
+                raise ConfigError(
+                    f"loss_type {name!r} is not supported by fastdpo yet; "
+                    f"it has {', '.join(LOSSES)}"
+                )
+            if name not in LOSSES:
+                raise ConfigError(
+                    f"unknown loss_type {name!r}{did_you_mean(name, LOSSES)}; "
+                    f"fastdpo has {', '.join(LOSSES)}"
+                )
+        if len(names) != 1:
+            raise ConfigError(
+                f"'loss_type' expects one loss, got {len(names)}; mixtures of losses are not "
+                "supported by fastdpo yet"
+            )
+
+
+# The first option of each part of the help.
+HELP_PARTS = {
+    "model_name_or_path": "Model",
+    "use_peft": "Adapter",
+    "load_in_8bit": "Quantization",
+    "dataset_name": "Dataset",
+    "output_dir": "Where it is written",
+    "loss_type": "Preference loss",
+    "reference": "Reference",
+    "max_length": "Data",
+    "max_tokens_per_pack": "Packs",
+    "per_device_train_batch_size": "Steps",
+    "learning_rate": "Optimizer",
+    "bf16": "Precision, memory and machine",
+    "eval_strategy": "Evaluation",
+    "save_strategy": "Checkpoints",
+    "logging_strategy": "Log",
+}
