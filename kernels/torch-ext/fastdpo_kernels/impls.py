@@ -1,0 +1,134 @@
+"""Which implementation of an op can run here, why the others cannot, and what every implementation returns.
+
+An op `x` has a public file `x.py` and implementation files `x_torch.py`, `x_triton.py`. This file knows devices and
+packages, not mathematics, and chooses nothing by speed: that is `tuning.py`'s work.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fastdpo_kernels")
+
+IMPLS = ("auto", "torch", "triton", "reference")
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Non-differentiable statistics of each token's distribution; None for those not asked for.
+
+    `entropy` [N] in nat; `mean_logits` [N], the mean over the vocabulary of the transformed logits; `is_top1` [N] bool,
+    whether the target is the first of the largest logits; `log_sum_sq_probs` [N], log(sum_v p_v^2). Rows whose target
+    is `ignore_index` hold 0 and False.
+    """
+
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What an implementation of `linear_logps` hands back from its forward.
+
+    `token_logps` [N] fp32 (fp64 for fp64 inputs). `hidden_grad` [N, D], in the dtype of `hidden`: the derivative of each
+    token's log-prob with respect to its own hidden row, not yet multiplied by the incoming gradient; None if not asked
+    for. `saved`: what the implementation's own `weight_grad` wants to see again (empty if no weight gradient is due).
+    """
+
+    token_logps: Tensor
+    hidden_grad: Tensor | None
+    saved: tuple[Tensor, ...]
+    stats: TokenStats | None
+
+
+@dataclass(frozen=True)
+class PreferenceForward:
+    """What an implementation of `preference_loss` hands back: all [P] but `logps` [R]; fp32 (fp64 for fp64 inputs).
+
+    `chosen_slope` and `rejected_slope` are the derivatives of each pair's loss with respect to the summed log-probs of
+    its chosen and of its rejected response.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    logps: Tensor
+    chosen_slope: Tensor
+    rejected_slope: Tensor
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors (slowly; for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Returns why Triton kernels cannot serve tensors of these dtypes on this device, or None if they can."""
+    if not _triton_installed():
+        return "the triton package is not installed"
+    if any(dtype not in (torch.float32, torch.float16, torch.bfloat16) for dtype in dtypes):
+        return f"it serves float32, float16 and bfloat16, not {_names(dtypes)}"
+    if device.type == "cpu":
+        if not triton_interprets():
+            return "it needs a GPU (or TRITON_INTERPRET=1, to test on a CPU)"
+        return None
+    if device.type != "cuda":
+        return f"it serves CUDA devices, not {device.type!r}"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not tuned for yet"
+    if _capability(device.index if device.index is not None else torch.cuda.current_device()) < (
+        8,
+        0,
+    ):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def choose_impl(op: str, requested: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """Returns "torch", "triton" or "reference" for `requested`; only "auto" chooses, and it logs its choice once.
+
+    Raises ValueError for an unknown name and RuntimeError if Triton is asked for by name where it cannot run.
+    """
+    if requested not in IMPLS:
+        raise ValueError(f"{op}: impl={requested!r} is unknown; expected one of {', '.join(IMPLS)}")
+    if requested in ("torch", "reference"):
+        return requested
+    reason = why_not_triton(device, *dtypes)
+    if requested == "triton":
+        if reason is not None:
+            raise RuntimeError(
+                f'{op}: impl="triton" cannot run here: {reason}; use impl="auto" or "torch"'
+            )
+        return "triton"
+    if device.type == "cpu":
+        reason = "CPU tensors"
+    _log_choice(op, "torch" if reason else "triton", device.type, _names(dtypes), reason)
+    return "torch" if reason else "triton"
+
+
+@functools.cache
+def _log_choice(op: str, impl: str, device: str, dtypes: str, reason: str | None) -> None:
+    why = f" ({reason})" if reason else ""
+    logger.info("%s: impl=auto runs %s on %s %s%s", op, impl, device, dtypes, why)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
