@@ -291,7 +291,7 @@ class TrainingOptions:
     greater_is_better: bool | None = option(None, "Whether that metric should rise.")
 
     # Checkpoints
-    save_strategy: str = option("steps", "When to save a checkpoint.", INTERVALS)
+    save_strategy: str = option("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
     save_steps: Positive = option(
         500, "Steps between checkpoints, or below 1 their share of all steps."
     )
@@ -332,11 +332,14 @@ class TrainingOptions:
                 f"'max_steps' expects a whole number >= 1, or -1 to go by epochs; "
                 f"got {self.max_steps}"
             )
-        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+        in_step = self.save_strategy in ("best", self.eval_strategy)
+        if self.load_best_model_at_end and not in_step:
             raise ConfigError(
                 "'load_best_model_at_end' needs an evaluation at every checkpoint: eval_strategy "
                 f"is {self.eval_strategy!r} and save_strategy {self.save_strategy!r}; use one"
             )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ConfigError("'save_strategy' best needs evaluations; set eval_strategy")
         if self.packing_mode not in ("auto", "shared") and self.group_by_prompt:
             raise ConfigError(
                 f"'group_by_prompt' shares prompts, which packing_mode={self.packing_mode!r} does "

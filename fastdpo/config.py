@@ -5,24 +5,34 @@ does not honour are `ConfigError`s; nothing is ignored. ScriptArguments and Mode
 arguments.py and obey the same rules. How options combine into a run is the trainer's affair.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from .arguments import ModelConfig, ScriptArguments, TrainingOptions, settle
+from .config_files import read_yaml, write_yaml
 from .errors import ConfigError, did_you_mean
 from .options import checked_init, default_of, describe
 from .unsupported import ALIASES, is_neutral, unsupported
 
-__all__ = ["DPOConfig", "ModelConfig", "ScriptArguments", "dump_yaml", "to_plain"]
+__all__ = ["DPOConfig", "ModelConfig", "ScriptArguments", "to_plain"]
+
+# What may change on resuming is left out: where and how often is logged, evaluated and saved, and
+# how the same mathematics is computed (packs, kernels, checkpointing, machine).
+SHAPES_THE_RUN = (
+    *("loss_type", "beta", "label_smoothing", "reference", "max_length", "group_by_prompt"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "train_sampling_strategy", "dataloader_drop_last", "seed", "data_seed"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
+    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "bf16", "disable_dropout"),
+)
 
 
 @checked_init(settle)
@@ -93,19 +103,33 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         """The honoured options as plain values; `DPOConfig(**config.to_dict())` is the same."""
         return to_plain(self)
 
+    def save_yaml(self, path: str | Path) -> None:
+        """Writes the options as a file that `fastdpo train` and `from_yaml` read."""
+        write_yaml(path, to_plain(self))
 
-def to_plain(config: ScriptArguments | ModelConfig | TrainingOptions) -> dict[str, Any]:
-    """The options of `config` by name: text, numbers, booleans, lists, mappings and None."""
-    cls = TrainingOptions if isinstance(config, TrainingOptions) else type(config)
-    values = {name: getattr(config, name) for name in describe(cls)}
-    return {name: v.value if isinstance(v, Enum) else v for name, v in values.items()}
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "DPOConfig":
+        """The training options of a config file or `recipe:NAME`, with `overrides`. Options that
+        name the model and the dataset belong to the command line and are left to it."""
+        elsewhere = {**describe(ScriptArguments), **describe(ModelConfig)}
+        ours = describe(TrainingOptions)
+        values = read_yaml(path)
+        return cls(
+            **{k: v for k, v in values.items() if k in ours or k not in elsewhere} | overrides
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The options that a resumed run must share with the run that wrote its checkpoint."""
+        plain = to_plain(self)
+        return {name: plain[name] for name in SHAPES_THE_RUN}
 
 
-def dump_yaml(
-    path: str | Path, configs: Iterable[ScriptArguments | ModelConfig | TrainingOptions]
-) -> None:
-    """Writes the configs as one flat YAML file, which `fastdpo train PATH` reads back."""
-    merged: dict[str, Any] = {}
+def to_plain(*configs: ScriptArguments | ModelConfig | TrainingOptions) -> dict[str, Any]:
+    """The options of `configs` by name: text, numbers, booleans, lists, mappings and None."""
+    plain: dict[str, Any] = {}
     for config in configs:
-        merged |= to_plain(config)
-    Path(path).write_text(yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
+        cls = TrainingOptions if isinstance(config, TrainingOptions) else type(config)
+        for name in describe(cls):
+            value = getattr(config, name)
+            plain[name] = value.value if isinstance(value, Enum) else value
+    return plain
