@@ -4,6 +4,14 @@ Usable alone: it imports torch, triton and the standard library, nothing of any 
 """
 
 from .impls import TokenStats
+from .linear_dpo_loss import linear_dpo_loss
 from .linear_logps import linear_logps
+from .preference_loss import PreferenceOutput, preference_loss
 
-__all__ = ["TokenStats", "linear_logps"]
+__all__ = [
+    "PreferenceOutput",
+    "TokenStats",
+    "linear_dpo_loss",
+    "linear_logps",
+    "preference_loss",
+]

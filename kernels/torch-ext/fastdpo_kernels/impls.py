@@ -1,6 +1,8 @@
-"""Which implementation of an op can run here, why the others cannot, and what every implementation returns.
+"""Which implementation of an op can run here, why the others cannot, and what every implementation
+returns.
 
-An op `x` has a public file `x.py` and implementation files `x_torch.py`, `x_triton.py`. This file knows devices and
+An op `x` has a public file `x.py` and implementation files `x_torch.py`, `x_triton.py`. This file
+knows devices and
 packages, not mathematics, and chooses nothing by speed: that is `tuning.py`'s work.
 """
 
@@ -23,9 +25,9 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 class TokenStats:
     """Non-differentiable statistics of each token's distribution; None for those not asked for.
 
-    `entropy` [N] in nat; `mean_logits` [N], the mean over the vocabulary of the transformed logits; `is_top1` [N] bool,
-    whether the target is the first of the largest logits; `log_sum_sq_probs` [N], log(sum_v p_v^2). Rows whose target
-    is `ignore_index` hold 0 and False.
+    `entropy` [N] in nat; `mean_logits` [N], the mean over the vocabulary of the transformed
+    logits; `is_top1` [N] bool, whether the target is the first of the largest logits;
+    `log_sum_sq_probs` [N], log(sum_v p_v^2). Rows whose target is `ignore_index` hold 0 and False.
     """
 
     entropy: Tensor | None = None
@@ -38,9 +40,10 @@ class TokenStats:
 class ForwardResult:
     """What an implementation of `linear_logps` hands back from its forward.
 
-    `token_logps` [N] fp32 (fp64 for fp64 inputs). `hidden_grad` [N, D], in the dtype of `hidden`: the derivative of each
-    token's log-prob with respect to its own hidden row, not yet multiplied by the incoming gradient; None if not asked
-    for. `saved`: what the implementation's own `weight_grad` wants to see again (empty if no weight gradient is due).
+    `token_logps` [N] fp32 (fp64 for fp64 inputs). `hidden_grad` [N, D], in the dtype of `hidden`:
+    the derivative of each token's log-prob with respect to its own hidden row, not yet multiplied
+    by the incoming gradient; None if not asked for. `saved`: what the implementation's own
+    `weight_grad` wants to see again (empty if no weight gradient is due).
     """
 
     token_logps: Tensor
@@ -51,10 +54,11 @@ class ForwardResult:
 
 @dataclass(frozen=True)
 class PreferenceForward:
-    """What an implementation of `preference_loss` hands back: all [P] but `logps` [R]; fp32 (fp64 for fp64 inputs).
+    """What an implementation of `preference_loss` hands back: all [P] but `logps` [R]; fp32 (fp64
+    for fp64 inputs).
 
-    `chosen_slope` and `rejected_slope` are the derivatives of each pair's loss with respect to the summed log-probs of
-    its chosen and of its rejected response.
+    `chosen_slope` and `rejected_slope` are the derivatives of each pair's loss with respect to the
+    summed log-probs of its chosen and of its rejected response.
     """
 
     losses: Tensor
@@ -66,7 +70,7 @@ class PreferenceForward:
 
 
 def triton_interprets() -> bool:
-    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors (slowly; for tests)."""
+    """Whether Triton's interpreter is on: its kernels then run on CPU tensors, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -81,7 +85,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Returns why Triton kernels cannot serve tensors of these dtypes on this device, or None if they can."""
+    """Returns why Triton cannot serve tensors of these dtypes on this device, None if it can."""
     if not _triton_installed():
         return "the triton package is not installed"
     if any(dtype not in (torch.float32, torch.float16, torch.bfloat16) for dtype in dtypes):
@@ -103,9 +107,11 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 
 def choose_impl(op: str, requested: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """Returns "torch", "triton" or "reference" for `requested`; only "auto" chooses, and it logs its choice once.
+    """Returns "torch", "triton" or "reference" for `requested`; only "auto" chooses, and it logs
+    its choice once.
 
-    Raises ValueError for an unknown name and RuntimeError if Triton is asked for by name where it cannot run.
+    Raises ValueError for an unknown name and RuntimeError if Triton is asked for by name where it
+    cannot run.
     """
     if requested not in IMPLS:
         raise ValueError(f"{op}: impl={requested!r} is unknown; expected one of {', '.join(IMPLS)}")

@@ -1,7 +1,8 @@
 """`linear_logps`: the log-prob of each target under a linear head, without the [N, V] logits.
 
-The public op: it checks its arguments once, chooses the implementation, and joins it to autograd. The mathematics is
-in `reference.py`; how it is done without logits, in `linear_logps_torch.py` and `linear_logps_triton.py`.
+The public op: it checks its arguments once, chooses the implementation, and joins it to autograd.
+The mathematics is in `reference.py`; how it is done without logits, in `linear_logps_torch.py` and
+`linear_logps_triton.py`.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from torch import Tensor
 from .impls import STATS, TokenStats, choose_impl
 from .reference import linear_logps_reference
 
+NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -70,29 +72,37 @@ def linear_logps(
     impl: str = "auto",
     workspace_bytes: int = 256 * 2**20,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Returns log softmax(z)[n, targets[n]] for every row n: [N], fp32 (fp64 for fp64 inputs), in nat.
+    """Returns log softmax(z)[n, targets[n]] for every row n: [N], fp32 (fp64 for fp64 inputs), in
+    nat.
 
     With a = scale * (hidden @ weight.T + bias), the logits are z = a / temperature, or
-    softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is `workspace_bytes`, the
-    result, and the gradient of `hidden`, which is finished during the forward pass up to a factor per row.
+    softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is
+    `workspace_bytes`, the result, and the gradient of `hidden`, which is finished during the
+    forward pass up to a factor per row.
 
     Args:
         hidden: [N, D], fp64, fp32, fp16 or bf16, any strides; N may be 0.
-        weight: [V, D], a float dtype of its own; it is rounded to that of `hidden` part by part, never as a whole.
-        targets: [N] int64 in [0, V), or `ignore_index`: such a row gives 0 and no gradient, whatever it holds.
+        weight: [V, D], a float dtype of its own; it is rounded to that of `hidden` part by part,
+            never as a whole.
+        targets: [N] int64 in [0, V), or `ignore_index`: such a row gives 0 and no gradient,
+            whatever it holds.
         bias: [V].
         softcap, scale, temperature: the transform above; `softcap` and `temperature` are positive.
-        stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats` comes back too.
-        impl: "auto" chooses by device and logs it once; "torch" and "triton" run that or raise; "reference" is eager.
-        workspace_bytes: the bound on temporary memory; less makes smaller tiles, not another result in kind.
+        stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats`
+            comes back too.
+        impl: "auto" chooses by device and logs it once; "torch" and "triton" run that or raise;
+            "reference" is eager.
+        workspace_bytes: the bound on temporary memory; less makes smaller tiles, not another
+            result in kind.
 
-    Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the autocast dtype, as `linear`
-    would do. Gradients flow to those of `hidden`, `weight` and `bias` that require them, once: double backward
-    and torch.func transforms raise.
+    Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
+    autocast dtype, as `linear` would do. Gradients flow to those of `hidden`, `weight` and `bias`
+    that require them, once: double backward and torch.func transforms raise.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit each other, naming both sides. A target outside [0, V) is
-            named at once on a CPU; on a GPU, which is not waited for, its row gives NaN and a later call raises.
+        TypeError, ValueError: arguments that do not fit each other, naming both sides. A target
+            outside [0, V) is named at once on a CPU; on a GPU, which is not waited for, its row
+            gives NaN and a later call raises.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     stats = tuple(stats)
@@ -148,7 +158,8 @@ class _Plan:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """`anchor` [0, D] hangs on `hidden`: it lets `_Once` refuse a second derivative without keeping `hidden`."""
+    """`anchor` [0, D] hangs on `hidden`: it lets `_Once` refuse a second derivative without
+    keeping `hidden`."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, anchor, plan: _Plan):
@@ -278,7 +289,7 @@ def _check(
     for name in stats:
         if name not in STATS:
             raise ValueError(
-                f"linear_logps: no statistic is called {name!r}; expected some of {', '.join(STATS)}"
+                f"linear_logps: no statistic is called {name!r}; expected {', '.join(STATS)}"
             )
     if len(set(stats)) != len(stats):
         raise ValueError(f"linear_logps: stats names one twice: {', '.join(stats)}")
@@ -308,7 +319,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 
 
 def _check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Returns targets that are safe to index with, and which were not (None on a CPU, where they raise)."""
+    """Returns targets safe to index with, and which were not (None on a CPU: it raises)."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= v))
     if targets.device.type == "cpu":
         if bad.any():
@@ -343,7 +354,7 @@ def _raise_bad_targets() -> None:
 
 
 def _bad_target(row: int, target: int, v: int, ignore_index: int) -> str:
-    return (
-        f"linear_logps: targets[{row}] = {target} is outside [0, {v}) (rows of weight); "
-        f"rows to leave out are marked with ignore_index={ignore_index}"
-    )
+    way_out = f"mark rows to leave out with ignore_index={ignore_index}"
+    if ignore_index == NO_TARGET:
+        way_out = "pass only the rows to be scored"
+    return f"linear_logps: targets[{row}] = {target} is outside [0, V={v}); {way_out}"

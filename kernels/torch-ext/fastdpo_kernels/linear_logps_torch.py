@@ -1,11 +1,14 @@
-"""`linear_logps` in chunked torch: the fast path on CPU, and the way for devices that Triton does not serve.
+"""`linear_logps` in chunked torch: the fast path on CPU, and the way for devices that Triton does
+not serve.
 
 Per row, in a frame r: E_v = exp(z_v - r) for v != y, s_o = sum_v E_v, s_y = exp(z_y - r), and then
     logp     = -softplus(log s_o - (z_y - r))
-    d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)              (times the slope of the logit transform)
-On a CPU r = z_y + 40, known before the first tile, so nothing is ever rescaled; the rare rows that overflow this
-frame are done again with r near max z. Elsewhere all rows use that second frame (one more GEMM), because asking
-which ones overflowed would wait for the device. Callers have checked the arguments.
+    d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)              (times the slope of the logit
+    transform)
+On a CPU r = z_y + 40, known before the first tile, so nothing is ever rescaled; the rare rows that
+overflow this frame are done again with r near max z. Elsewhere all rows use that second frame (one
+more GEMM), because asking which ones overflowed would wait for the device. Callers have checked
+the arguments.
 """
 
 import math
@@ -175,8 +178,9 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
 
-    dW = -slope E^T @ (g / (s_o + s_y) H), where E holds -s_o (times its tanh slope) at the target. E comes from `saved`
-    if forward could keep it, otherwise each tile is computed again; each row of dW is written once.
+    dW = -slope E^T @ (g / (s_o + s_y) H), where E holds -s_o (times its tanh slope) at the target.
+    E comes from `saved` if forward could keep it, otherwise each tile is computed again; each row
+    of dW is written once.
     """
     frame, inv_sum, target_e, *kept = saved
     (n, d), v = hidden.shape, weight.shape[0]
@@ -235,7 +239,7 @@ def _run_rows(
     near_max: bool,
     mean: tuple[Tensor, Tensor | float] | None,
 ) -> _Chunk:
-    """All of the vocabulary for the rows h [k, D] with targets y [k]; fills `store` [k, V] with E if given."""
+    """The rows h [k, D] with targets y [k]; fills `store` [k, V] with E if given."""
     rows, v = h.shape[0], head.weight.shape[0]
     w_y = head.operand(head.weight[y]).to(head.dtype)  # [k, D]
     z_y, flat_y = _target_logits(head, h, w_y, y)
@@ -299,7 +303,7 @@ def _fold(
     to_target: Tensor,
     stats: tuple[str, ...],
 ) -> None:
-    """Adds a tile of z - r to the sums, and leaves in it E times the slope of tanh, 0 at the target."""
+    """Adds a tile of z - r to the sums, and leaves in it E times the slope of tanh."""
     if "is_top1" in stats or "log_sum_sq_probs" in stats:
         top, at = tile.max(dim=1)
         better = top > sums.top
@@ -389,7 +393,7 @@ def _near_max(head: _Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
 
 
 def _mean_logit_row(head: _Head, cols: int) -> tuple[Tensor, Tensor | float]:
-    """The mean row of the weight [D] and the mean bias: with no softcap, mean z = slope (h W' + b')."""
+    """Mean row of the weight [D], mean bias: without a softcap they give the mean logit."""
     v, d = head.weight.shape
     total = torch.zeros(d, dtype=head.dtype, device=head.weight.device)
     for v0, v1 in _spans(v, cols):
@@ -433,7 +437,7 @@ def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _tiles(buffer: Tensor, rows: int, cols: int) -> list[Tensor]:
-    """Contiguous tiles [rows, cols], one in each row of the buffer [tiles, at least rows * cols]."""
+    """Contiguous tiles [rows, cols], one in each row of the buffer."""
     return [row[: rows * cols].view(rows, cols) for row in buffer]
 
 

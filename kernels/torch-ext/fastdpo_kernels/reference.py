@@ -1,7 +1,8 @@
 """The mathematics of every op, eager, differentiable by plain autograd, in any float dtype.
 
-This is what the fast implementations are held to (in fp64: the oracle of the tests), and what to read first.
-It materialises the [N, V] logits and loops over responses: it is neither fast nor small.
+This is what the fast implementations are held to (in fp64: the oracle of the tests), and what to
+read first. It materialises the [N, V] logits and loops over responses: it is neither fast nor
+small.
 """
 
 import torch
@@ -20,7 +21,7 @@ def logits_reference(
     scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Logits [N, V] of `hidden` [N, D] and `weight` [V, D]: scale, then softcap, then temperature."""
+    """Logits [N, V] of `hidden` [N, D] and `weight` [V, D]."""
     z = hidden @ weight.mT
     if bias is not None:
         z = z + bias
@@ -43,8 +44,8 @@ def linear_logps_reference(
 ) -> tuple[Tensor, TokenStats]:
     """log softmax(logits)[n, targets[n]] for every row n, [N], and all statistics.
 
-    Operands are multiplied in the dtype of `hidden`, raised to fp32 at least. Rows at `ignore_index` give 0, whatever
-    their hidden row holds.
+    Operands are multiplied in the dtype of `hidden`, raised to fp32 at least. Rows at
+    `ignore_index` give 0, whatever their hidden row holds.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     ignored = targets == ignore_index
@@ -84,7 +85,8 @@ def preference_loss_reference(
 ) -> PreferenceForward:
     """Losses of pairs of responses; `losses` carries the autograd graph back to `token_logps`.
 
-    sigmoid: DPO (arXiv 2305.18290, eq. 7), with label smoothing as in cDPO. hinge: SLiC (2305.10425) on DPO's margin.
+    sigmoid: DPO (arXiv 2305.18290, eq. 7), with label smoothing as in cDPO. hinge: SLiC
+    (2305.10425) on DPO's margin.
     ipo: 2310.12036, eq. 17, with each log-ratio averaged over its response's tokens (as TRL does).
     """
     token_logps = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
@@ -116,11 +118,12 @@ def preference_loss_reference(
     else:
         raise ValueError(f"no reference for loss_type={loss_type!r}")
 
-    # What the fused implementations finish in their forward: d losses[p] / d logps[chosen], d logps[rejected].
+    # What the fused implementations finish in their forward: d losses[p] / d logps[chosen], d
+    # logps[rejected].
     if loss_type == "sigmoid":
         slope = beta * (label_smoothing - torch.sigmoid(-margins))
     elif loss_type == "hinge":
-        slope = torch.where(margins < 1, -beta, 0.0).to(margins)
+        slope = -beta * (margins < 1).to(margins)
     else:
         slope = 2 * (
             ratios[chosen] / lengths[chosen] - ratios[rejected] / lengths[rejected] - 1 / (2 * beta)

@@ -1,0 +1,88 @@
+"""`linear_dpo_loss`: from hidden states to a preference loss, with no logits in between. The
+drop-in for other trainers.
+
+It is `linear_logps` followed by `preference_loss`, and nothing else.
+"""
+
+from torch import Tensor
+
+from .linear_logps import NO_TARGET, linear_logps
+from .preference_loss import PreferenceOutput, preference_loss
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    ref_token_logps: Tensor | None = None,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    impl: str = "auto",
+    workspace_bytes: int = 256 * 2**20,
+) -> PreferenceOutput:
+    """Returns the preference losses of `pairs` of responses, given the rows that predict their
+    tokens.
+
+    For a batch in the usual layout (chosen rows first, then rejected ones; labels -100 outside the
+    responses):
+
+        hidden = model.model(input_ids, attention_mask=mask).last_hidden_state[:, :-1]  # [2P, L, D]
+        labels = labels[:, 1:]                                                          # [2P, L]
+        scored = labels != -100
+        lengths = scored.sum(1)                                                         # [2P]
+        cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()         # [2P + 1]
+        pairs = torch.arange(len(lengths), device=labels.device).view(2, -1).T          # [P, 2]
+        out = linear_dpo_loss(
+            hidden[scored], model.lm_head.weight, labels[scored], cu_responses, pairs, ref_logps,
+            beta=0.1
+        )
+        out.loss.backward()
+
+    with `ref_logps` [2P] from the same rows of the reference model: `out.logps`, or the sums of
+    `linear_logps`.
+
+    Args:
+        hidden: [N, D], the hidden row that predicts each token of each response, one response
+            after the other.
+        weight: [V, D], the LM head; also `bias` [V] and the logit transform `softcap`, `scale`,
+            `temperature`.
+        targets: [N] int64, the tokens themselves. All of them count: leave out rows that are not
+            to be scored.
+        cu_responses, pairs, ref_logps, ref_token_logps, beta, loss_type, label_smoothing: see
+            `preference_loss`.
+        impl, workspace_bytes: see `linear_logps`.
+
+    Gradients flow to `hidden`, `weight` and `bias`. Raises what those two raise.
+    """
+    token_logps = linear_logps(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        scale=scale,
+        temperature=temperature,
+        ignore_index=NO_TARGET,
+        impl=impl,
+        workspace_bytes=workspace_bytes,
+    )
+    return preference_loss(
+        token_logps,
+        cu_responses,
+        pairs,
+        ref_token_logps,
+        ref_logps,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        impl=impl,
+    )

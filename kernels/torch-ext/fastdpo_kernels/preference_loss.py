@@ -1,0 +1,264 @@
+"""`preference_loss`: token log-probs of a pack -> loss, rewards and log-probs of its pairs of
+responses.
+
+The public op: it checks its arguments once, chooses the implementation, and joins it to autograd.
+An implementation finishes the losses and their two derivatives per pair in the forward pass;
+backward, here, is a sum over the pairs that share a response, a gather to its tokens and a scale.
+Losses of other kinds are functions of `logps`, not ops.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .impls import PreferenceForward, choose_impl
+from .reference import preference_loss_reference
+
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """`loss` [] (mean of `losses`) and `losses` [P] carry gradients; rewards [P] and `logps` [R]
+    do not.
+
+    Log-probs are in nat, summed over a response's tokens; rewards are beta * (logps - ref_logps).
+    All fp32 (fp64 for fp64 token log-probs).
+    """
+
+    loss: Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    logps: Tensor
+
+
+@torch.compiler.disable
+def preference_loss(
+    token_logps: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    ref_token_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    impl: str = "auto",
+) -> PreferenceOutput:
+    """Returns the preference losses of `pairs` of responses.
+
+    With the log-ratio D = logps - ref_logps of a response, m = beta * (D_chosen - D_rejected) and
+    label smoothing e:
+        sigmoid  -(1 - e) log sigmoid(m) - e log sigmoid(-m)             DPO (arXiv 2305.18290, eq.
+        7); e > 0: cDPO hinge    max(0, 1 - m)                                           SLiC's
+        loss (2305.10425) on DPO's margin ipo      (D_chosen / len_chosen - D_rejected /
+        len_rejected - 1 / (2 beta))^2     IPO (2310.12036, eq. 17)
+    with ipo's log-ratios averaged over the tokens of their response, as TRL does.
+
+    Args:
+        token_logps: [N], the tokens of all responses, one response after the other.
+        cu_responses: [R + 1] int32, response r is token_logps[cu_responses[r]:cu_responses[r +
+            1]]; from 0 to N. A response may be empty: its logps are 0 and its length counts as 1.
+        pairs: [P, 2] int64, the chosen and the rejected response of each pair. A response may be
+            in several pairs or in none. With P = 0 the loss is 0.
+        ref_token_logps: [N], the reference's token log-probs, or else ref_logps: [R], summed over
+            each response.
+        beta: positive; the strength of the pull towards the reference.
+        loss_type, label_smoothing: as above; label smoothing, in [0, 0.5), is for sigmoid alone.
+        impl: "auto" chooses by device and logs it once; "torch" and "triton" run that or raise;
+            "reference" is eager.
+
+    Sums over tokens are taken in fp64 by torch and in fp32 by Triton, in a fixed order: results
+    are bitwise repeatable. Only `token_logps` gets a gradient, once: double backward raises. On a
+    GPU `cu_responses` and `pairs` are
+    not looked at by the host: bounds are the caller's duty there.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other or lie outside their domain,
+            naming both sides.
+        RuntimeError: `impl="triton"` where Triton cannot run.
+    """
+    _check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
+    _check_options(beta, loss_type, label_smoothing)
+    chosen = choose_impl("preference_loss", impl, token_logps.device, token_logps.dtype)
+    options = {
+        "beta": float(beta),
+        "loss_type": loss_type,
+        "label_smoothing": float(label_smoothing),
+    }
+    if chosen == "reference":
+        result = preference_loss_reference(
+            token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
+        )
+        losses = result.losses
+        loss = losses.sum() / max(len(pairs), 1)
+        return PreferenceOutput(
+            loss, losses, result.chosen_rewards, result.rejected_rewards, result.logps
+        )
+    implementation = importlib.import_module(f".preference_loss_{chosen}", __package__)
+    with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
+        result = implementation.forward(
+            token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
+        )
+    loss, losses = _PreferenceLoss.apply(token_logps, cu_responses, pairs, result)
+    return PreferenceOutput(
+        loss, losses, result.chosen_rewards, result.rejected_rewards, result.logps
+    )
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token_logps, cu_responses, pairs, result: PreferenceForward):
+        ctx.save_for_backward(
+            token_logps, cu_responses, pairs, result.chosen_slope, result.rejected_slope
+        )
+        ctx.set_materialize_grads(False)
+        losses = result.losses
+        # No pairs, no loss: a pack without pairs must not turn the mean into 0 / 0.
+        return losses.sum() / max(len(losses), 1), losses.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_loss, grad_losses = grads
+        token_logps, cu_responses, pairs, chosen_slope, rejected_slope = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
+            g = torch.zeros_like(chosen_slope)  # [P]
+            if grad_loss is not None:
+                g += grad_loss / max(len(g), 1)
+            if grad_losses is not None:
+                g += grad_losses
+            sides = torch.cat([g * chosen_slope, g * rejected_slope])  # [2P]
+            responses = torch.cat([pairs[:, 0], pairs[:, 1]])
+            per_response = _sum_by(responses, sides, len(cu_responses) - 1)  # [R]
+            owner = torch.searchsorted(
+                cu_responses[1:], torch.arange(len(token_logps), device=pairs.device), right=True
+            )
+            grad = per_response[owner].to(token_logps.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _Once.apply(token_logps, grad_loss, grad_losses, grad)
+        return grad, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on; its own backward raises."""
+
+    @staticmethod
+    def forward(ctx, token_logps, grad_loss, grad_losses, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "preference_loss has no second derivative: its gradient was finished in the forward "
+            'pass; use impl="reference" to differentiate twice'
+        )
+
+
+def _sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Sums `values` that share an index in [0, size), in the order they stand in: no atomics."""
+    index, order = torch.sort(index, stable=True)
+    bounds = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
+    return torch.segment_reduce(values[order], "sum", offsets=bounds, initial=0)
+
+
+def _check(
+    token_logps: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+) -> None:
+    if (ref_token_logps is None) == (ref_logps is None):
+        given = "neither" if ref_logps is None else "both"
+        raise ValueError(f"preference_loss: give ref_token_logps [N] or ref_logps [R], got {given}")
+    expected = {
+        "token_logps": (token_logps, _FLOATS, 1),
+        "cu_responses": (cu_responses, (torch.int32,), 1),
+        "pairs": (pairs, (torch.int64,), 2),
+    }
+    if ref_token_logps is not None:
+        expected["ref_token_logps"] = (ref_token_logps, _FLOATS, 1)
+    if ref_logps is not None:
+        expected["ref_logps"] = (ref_logps, _FLOATS, 1)
+    for name, (tensor, dtypes, dims) in expected.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"preference_loss: {name} must be a tensor, got {kind}")
+        if tensor.dtype not in dtypes:
+            wanted = "a float dtype" if dtypes is _FLOATS else dtypes[0]
+            raise TypeError(f"preference_loss: {name} must be {wanted}, got {tensor.dtype}")
+        if tensor.ndim != dims:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"preference_loss: {name} must have {dims} dimension(s), got {shape}")
+        if tensor.device != token_logps.device:
+            raise ValueError(
+                f"preference_loss: {name} is on {tensor.device}, not on {token_logps.device}"
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(
+                "preference_loss does not work under torch.func transforms (vmap, grad, jvp): "
+                "call it on the whole pack, its pairs are independent"
+            )
+    n, r = len(token_logps), len(cu_responses) - 1
+    if r < 0:
+        raise ValueError(
+            "preference_loss: cu_responses is empty; it holds R + 1 bounds, from 0 to N"
+        )
+    if pairs.shape[1] != 2:
+        raise ValueError(f"preference_loss: pairs must be [P, 2], got {tuple(pairs.shape)}")
+    if ref_token_logps is not None and len(ref_token_logps) != n:
+        raise ValueError(
+            f"preference_loss: expected N={n} ref_token_logps, got {len(ref_token_logps)}"
+        )
+    if ref_logps is not None and len(ref_logps) != r:
+        raise ValueError(
+            f"preference_loss: expected {r} ref_logps (responses), got {len(ref_logps)}"
+        )
+    if token_logps.device.type == "cpu":
+        _check_values(cu_responses, pairs, n, r)
+
+
+def _check_values(cu_responses: Tensor, pairs: Tensor, n: int, r: int) -> None:
+    """What can be seen without waiting for a device."""
+    first, last = int(cu_responses[0]), int(cu_responses[-1])
+    if first != 0 or last != n:
+        raise ValueError(
+            f"preference_loss: cu_responses must run from 0 to N={n}, got {first} to {last}"
+        )
+    falls = cu_responses.diff() < 0
+    if falls.any():
+        at = int(falls.nonzero()[0])
+        raise ValueError(
+            f"preference_loss: cu_responses falls from {int(cu_responses[at])} to "
+            f"{int(cu_responses[at + 1])} at response {at}"
+        )
+    outside = ((pairs < 0) | (pairs >= r)).any(1)
+    if outside.any():
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"preference_loss: pairs[{at}] = {pairs[at].tolist()} names a response outside [0, {r})"
+        )
+
+
+def _check_options(beta: float, loss_type: str, label_smoothing: float) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"preference_loss: loss_type={loss_type!r} is not fused; expected one of "
+            f"{', '.join(LOSS_TYPES)}"
+        )
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"preference_loss: beta must be positive, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"preference_loss: label_smoothing must lie in [0, 0.5), got {label_smoothing}"
+        )
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(
+            f"preference_loss: label_smoothing={label_smoothing} has a meaning for sigmoid alone, "
+            f"not for {loss_type}"
+        )
