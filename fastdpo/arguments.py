@@ -8,6 +8,7 @@ does not is refused by name (config.py). The standard library alone: see options
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .data_formats import DATASET_FORMATS
 from .errors import ConfigError, did_you_mean
 from .options import (
     Bound,
@@ -202,7 +203,9 @@ class TrainingOptions:
         1024, "Most tokens of prompt + response; longer responses lose their end. none: no limit."
     )
     truncation_mode: str = option("keep_start", "What truncation keeps.", ("keep_start",))
-    dataset_format: str = option("auto", "How the columns are read; auto goes by their names.")
+    dataset_format: str = option(
+        "auto", "How the columns are read; auto goes by their names.", DATASET_FORMATS
+    )
     on_bad_row: str = option(
         "error",
         "What to do with a row whose response is empty, or whose responses are identical; a "
@@ -356,8 +359,8 @@ class TrainingOptions:
                 )
             if name not in LOSSES:
                 raise ConfigError(
-                    f"unknown loss_type {name!r}{did_you_mean(name, LOSSES)}; "
-                    f"fastdpo has {', '.join(LOSSES)}"
+                    f"unknown loss_type {name!r}; fastdpo has {', '.join(LOSSES)}"
+                    f"{did_you_mean(name, LOSSES)}"
                 )
         if len(names) != 1:
             raise ConfigError(

@@ -93,8 +93,8 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         for name in self.report_to:
             if name not in known:
                 raise ConfigError(
-                    f"'report_to' {name!r} is no tracker{did_you_mean(name, known)}; "
-                    f"transformers has {', '.join(known)}"
+                    f"'report_to' {name!r} is no tracker; transformers has {', '.join(known)}"
+                    f"{did_you_mean(name, known)}"
                 )
         if len(self.report_to) > 1 and {"all", "none"} & set(self.report_to):
             raise ConfigError(f"'report_to' mixes all or none with names: {self.report_to}")

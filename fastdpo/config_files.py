@@ -52,7 +52,7 @@ def _read_recipe(name: str) -> str:
     known = recipes()
     if name not in known:
         raise ConfigError(
-            f"no recipe is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+            f"no recipe is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}"
         )
     return (resources.files("fastdpo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
