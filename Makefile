@@ -1,0 +1,49 @@
+# make demo | test | lint | soak | bench | gpu-check
+# Everything but gpu-check runs in .venv, made on first use with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint soak bench gpu-check clean
+
+help:
+	@sed -n '1,2p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m fastdpo demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmark.json
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# On the machine's own Python, which has torch with CUDA: nothing is installed.
+gpu-check:
+	PYTHONPATH=.:kernels/torch-ext$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu_check
+
+# The build tools are installed first and pinned too: an isolated build would fetch others.
+$(VENV)/.installed: $(PINNED)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
