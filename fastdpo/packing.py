@@ -1,0 +1,358 @@
+"""Which pairs go into which step and pack, and how a pack is laid out.
+
+A pack holds prompt groups: a prompt once, then all its responses. A response's last token predicts
+nothing, so it is a target but no input. Everything here runs on the host, in numpy, without
+randomness other than the seeded order of an epoch; no model is known here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .batch import Pack, PackLayout
+from .errors import ConfigError, DataError, did_you_mean
+from .rows import RowGather
+
+if TYPE_CHECKING:
+    from .data import TokenizedPairs
+
+MODES = ("shared", "unshared", "padded")
+SAMPLINGS = ("random", "sequential")
+
+
+@dataclass
+class _Group:
+    """One prompt and its distinct responses, in order of appearance."""
+
+    prompt: np.ndarray
+    responses: list[np.ndarray] = field(default_factory=list)
+    owners: list[tuple[int, int]] = field(default_factory=list)  # (pair id, side) seen first
+    slots: dict[bytes, int] = field(default_factory=dict)  # response bytes -> place in responses
+    pairs: list[tuple[int, int, int]] = field(default_factory=list)  # (order, chosen, rejected)
+
+    def slot(self, response: np.ndarray, owner: tuple[int, int]) -> int:
+        slot = self.slots.setdefault(response.tobytes(), len(self.responses))
+        if slot == len(self.responses):
+            self.responses.append(response)
+            self.owners.append(owner)
+        return slot
+
+
+def _groups(pairs: TokenizedPairs, pair_ids: Iterable[int]) -> list[_Group]:
+    groups: dict[bytes, _Group] = {}
+    for order, i in enumerate(pair_ids):
+        prompt = pairs.prompt(i)
+        group = groups.setdefault(prompt.tobytes(), _Group(prompt))
+        chosen = group.slot(pairs.chosen(i), (i, 0))
+        rejected = group.slot(pairs.rejected(i), (i, 1))
+        group.pairs.append((order, chosen, rejected))
+    return list(groups.values())
+
+
+def _input_length(prompt: int, response: int) -> int:
+    """Input tokens of one prompt and response: all but the response's last."""
+    return prompt + max(response - 1, 0)
+
+
+# ---- which pairs form a pack -----------------------------------------------------------------
+
+
+def plan_packs(
+    pairs: TokenizedPairs,
+    pair_ids: Sequence[int] | np.ndarray,
+    *,
+    max_tokens: int,
+    share_prompts: bool = True,
+    padded: bool = False,
+) -> list[list[int]]:
+    """Splits `pair_ids` into few packs of at most `max_tokens` input tokens each, always the same.
+
+    Best-fit decreasing over prompt groups (`share_prompts`; a group larger than a pack is split,
+    its prompt repeated) or over single pairs. `padded` counts rows times the longest row instead.
+    Within a pack the pairs keep the order of `pair_ids`. Raises `DataError` naming the row of a
+    pair that exceeds `max_tokens` alone.
+    """
+    pair_ids = [int(i) for i in pair_ids]
+    if padded:
+        return _plan_padded(pairs, pair_ids, max_tokens)
+    if share_prompts:
+        items = [
+            item
+            for group in _groups(pairs, pair_ids)
+            for item in _split_group(pairs, pair_ids, group, max_tokens)
+        ]
+    else:
+        items = [(_unshared_cost(pairs, i, max_tokens), [o]) for o, i in enumerate(pair_ids)]
+
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, pack), ascending
+    for cost, orders in sorted(items, key=lambda item: (-item[0], item[1])):
+        at = bisect.bisect_left(rooms, (cost, -1))  # the fullest pack that still has room
+        room, pack = rooms.pop(at) if at < len(rooms) else (max_tokens, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].extend(orders)
+        bisect.insort(rooms, (room - cost, pack))
+    return [[pair_ids[order] for order in sorted(orders)] for orders in packs]
+
+
+def _too_large(pairs: TokenizedPairs, i: int, cost: int, max_tokens: int) -> DataError:
+    return DataError(
+        f"row {int(pairs.rows[i])}: its pair alone takes {cost} tokens of a pack, but "
+        f"max_tokens_per_pack is {max_tokens}; raise max_tokens_per_pack or lower max_length"
+    )
+
+
+def _unshared_cost(pairs: TokenizedPairs, i: int, max_tokens: int) -> int:
+    (group,) = _groups(pairs, [i])
+    cost = sum(_input_length(len(group.prompt), len(r)) for r in group.responses)
+    if cost > max_tokens:
+        raise _too_large(pairs, i, cost, max_tokens)
+    return cost
+
+
+def _split_group(
+    pairs: TokenizedPairs, pair_ids: list[int], group: _Group, max_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """(tokens, places in `pair_ids`) of the pieces of a prompt group, each within `max_tokens`."""
+    prompt = len(group.prompt)
+    costs = [max(len(r) - 1, 0) for r in group.responses]
+    total = prompt + sum(costs)
+    if total <= max_tokens:
+        return [(total, [order for order, _, _ in group.pairs])]
+
+    pieces: list[tuple[int, list[int], set[int]]] = []  # tokens, places, responses held
+    own_cost = {order: sum(costs[s] for s in {c, r}) for order, c, r in group.pairs}
+    for order, chosen, rejected in sorted(group.pairs, key=lambda p: (-own_cost[p[0]], p[0])):
+        if prompt + own_cost[order] > max_tokens:
+            raise _too_large(pairs, pair_ids[order], prompt + own_cost[order], max_tokens)
+        for k, (cost, orders, held) in enumerate(pieces):
+            added = sum(costs[s] for s in {chosen, rejected} - held)
+            if cost + added <= max_tokens:
+                pieces[k] = (cost + added, [*orders, order], held | {chosen, rejected})
+                break
+        else:
+            pieces.append((prompt + own_cost[order], [order], {chosen, rejected}))
+    return [(cost, sorted(orders)) for cost, orders, _ in pieces]
+
+
+def _plan_padded(pairs: TokenizedPairs, pair_ids: list[int], max_tokens: int) -> list[list[int]]:
+    """Longest pairs first, so that rows of one batch are of like length."""
+    longest, n_rows = [], []
+    for i in pair_ids:
+        (group,) = _groups(pairs, [i])
+        longest.append(max(_input_length(len(group.prompt), len(r)) for r in group.responses))
+        n_rows.append(len(group.responses))
+    packs: list[list[int]] = []
+    length = rows = 0
+    for order in sorted(range(len(pair_ids)), key=lambda o: (-longest[o], o)):
+        if n_rows[order] * longest[order] > max_tokens:
+            cost = n_rows[order] * longest[order]
+            raise _too_large(pairs, pair_ids[order], cost, max_tokens)
+        if not packs or (rows + n_rows[order]) * length > max_tokens:
+            packs.append([])
+            length, rows = longest[order], 0
+        packs[-1].append(order)
+        rows += n_rows[order]
+    return [[pair_ids[order] for order in sorted(orders)] for orders in packs]
+
+
+# ---- how a pack is laid out ------------------------------------------------------------------
+
+
+@dataclass
+class _Rows:
+    """Token rows as they are laid out, and the attention segments over them."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    kv: list[np.ndarray] = field(default_factory=list)
+    q_lengths: list[int] = field(default_factory=list)
+    k_lengths: list[int] = field(default_factory=list)
+    predict: list[np.ndarray] = field(default_factory=list)
+    n: int = 0
+
+    def append(self, ids: np.ndarray, start_position: int) -> np.ndarray:
+        """Lays `ids` down; returns their rows."""
+        self.ids.append(ids)
+        self.positions.append(np.arange(start_position, start_position + len(ids)))
+        rows = np.arange(self.n, self.n + len(ids))
+        self.n += len(ids)
+        return rows
+
+    def segment(self, q_rows: int, k_rows: np.ndarray) -> None:
+        if q_rows:
+            self.q_lengths.append(q_rows)
+            self.k_lengths.append(len(k_rows))
+            self.kv.append(k_rows)
+
+
+def _lay_out(groups: list[_Group], share: bool) -> _Rows:
+    rows = _Rows()
+    for group in groups:
+        prompt_rows = None
+        for response in group.responses:
+            is_first = prompt_rows is None or not share
+            if is_first:
+                prompt_rows = rows.append(group.prompt, 0)
+            assert prompt_rows is not None
+            own = rows.append(response[:-1], len(group.prompt))
+            keys = np.concatenate([prompt_rows, own])
+            rows.segment(len(keys) if is_first else len(own), keys)
+            rows.predict.append(np.concatenate([prompt_rows[-1:], own])[: len(response)])
+    if rows.n == 0:  # only single tokens without a prompt: one row that nobody reads keeps a graph
+        rows.segment(1, rows.append(np.zeros(1, np.int32), 0))
+    return rows
+
+
+def build_pack(pairs: TokenizedPairs, pair_ids: Sequence[int] | np.ndarray, *, mode: str) -> Pack:
+    """Lays out the pairs `pair_ids` as one pack, on the host.
+
+    `shared`: every prompt once. `unshared`: every response after its own copy of the prompt.
+    `padded`: one row a response, padded at its right. An empty prompt leaves a response's first
+    token without a row that predicts it: that token is neither scored nor counted.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"packing mode {mode!r} is none of {MODES}{did_you_mean(mode, MODES)}")
+    pair_ids = np.array([int(i) for i in pair_ids], dtype=np.int64)
+    groups = _groups(pairs, pair_ids.tolist())
+    rows = _lay_out(groups, share=mode == "shared")
+
+    pair_responses = np.empty((len(pair_ids), 2), np.int64)
+    owners, targets = [], []
+    for group in groups:
+        for order, chosen, rejected in group.pairs:
+            pair_responses[order] = len(owners) + chosen, len(owners) + rejected
+        owners += group.owners
+        targets += [r[0 if len(group.prompt) else 1 :] for r in group.responses]
+    predict = _concatenate(rows.predict, np.int64)
+    lengths = pairs.lengths[pair_ids]  # [P, 3]
+    full = lengths[:, :1] + lengths[:, 1:]  # [P, 2]
+    inputs = lengths[:, :1] + np.maximum(lengths[:, 1:] - 1, 0)
+    max_seqlen = max(rows.k_lengths)
+
+    if mode == "padded":
+        input_ids, attention_mask, predict = _pad(rows, predict, max_seqlen)
+        position_ids = layout = None
+    else:
+        input_ids = _concatenate(rows.ids, np.int64)
+        position_ids = torch.from_numpy(_concatenate(rows.positions, np.int64))
+        attention_mask, layout = None, _layout(rows, max_seqlen)
+    return Pack(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=position_ids,
+        layout=layout,
+        attention_mask=attention_mask,
+        predict=RowGather.plan(predict, input_ids.size),
+        targets=torch.from_numpy(_concatenate(targets, np.int64)),
+        cu_responses=torch.from_numpy(_cumulative([len(t) for t in targets])),
+        pairs=torch.from_numpy(pair_responses),
+        pair_ids=pair_ids,
+        responses=tuple(owners),
+        max_seqlen=max_seqlen,
+        n_tokens=input_ids.size,
+        n_tokens_unshared=int(inputs.sum()),
+        n_tokens_padded=int(full.size * full.max(initial=0)),
+    )
+
+
+def _layout(rows: _Rows, max_seqlen_k: int) -> PackLayout:
+    cu_q, cu_k = _cumulative(rows.q_lengths), _cumulative(rows.k_lengths)
+    bounds = np.stack([cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]], axis=1)
+    return PackLayout(
+        kv=RowGather.plan(_concatenate(rows.kv, np.int64), rows.n),
+        cu_seqlens_q=torch.from_numpy(cu_q),
+        cu_seqlens_k=torch.from_numpy(cu_k),
+        segments=tuple(map(tuple, bounds.tolist())),
+        max_seqlen_q=max(rows.q_lengths),
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+def _pad(
+    rows: _Rows, predict: np.ndarray, length: int
+) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+    """[B, length] ids and mask of unshared rows, and `predict` moved to the flattened batch."""
+    lengths = np.array(rows.q_lengths)
+    mask = np.arange(length) < lengths[:, None]
+    input_ids = np.zeros(mask.shape, np.int64)  # 0 is a token of every model; the mask hides it
+    input_ids[mask] = _concatenate(rows.ids, np.int64)
+    return input_ids, torch.from_numpy(mask.astype(np.int64)), np.flatnonzero(mask)[predict]
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind")
+
+
+def _cumulative(lengths: Sequence[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths], dtype=np.int32)
+
+
+# ---- which pairs form a step -----------------------------------------------------------------
+
+
+def step_pair_ids(
+    pairs: TokenizedPairs,
+    *,
+    pairs_per_step: int,
+    epoch: int,
+    seed: int,
+    sampling: str = "random",
+    group_by_prompt: bool = False,
+) -> list[np.ndarray]:
+    """The pair ids of every optimizer step of `epoch`: `pairs_per_step` each, the last maybe fewer.
+
+    `random` orders depend on (seed, epoch) alone; `sequential` keeps the dataset's order.
+    `group_by_prompt` puts pairs of one prompt into one step: where random, as far as steps of a
+    fixed size allow; where sequential, next to each other from where the prompt occurs first.
+    """
+    if sampling not in SAMPLINGS:
+        raise ConfigError(
+            f"train_sampling_strategy {sampling!r} is none of {SAMPLINGS}"
+            f"{did_you_mean(sampling, SAMPLINGS)}"
+        )
+    n = len(pairs)
+    order = np.arange(n)
+    if sampling == "random":
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+    if not group_by_prompt:
+        return _chop(order, pairs_per_step)
+    groups: dict[bytes, list[int]] = {}
+    for i in order.tolist():
+        groups.setdefault(pairs.prompt(i).tobytes(), []).append(i)
+    if sampling == "sequential":
+        return _chop(np.array([i for group in groups.values() for i in group]), pairs_per_step)
+    steps = _fill_steps(list(groups.values()), n, pairs_per_step)
+    # The short step stays last; the others were filled with large groups first, so mix them.
+    shuffle = np.random.default_rng([seed, epoch, 1]).permutation(n // pairs_per_step)
+    return [steps[k] for k in [*shuffle.tolist(), *range(n // pairs_per_step, len(steps))]]
+
+
+def _chop(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _fill_steps(groups: list[list[int]], n: int, size: int) -> list[np.ndarray]:
+    """Fills steps of `size` pairs with whole groups, the largest into the emptiest step first.
+
+    A group is divided only where no step has room for all of it.
+    """
+    rooms = [min(size, n - start) for start in range(0, n, size)]
+    steps: list[list[int]] = [[] for _ in rooms]
+    emptiest = [(-room, k) for k, room in enumerate(rooms)]
+    heapq.heapify(emptiest)
+    for group in sorted(groups, key=len, reverse=True):  # stable: ties stay in the epoch's order
+        while group:
+            negative_room, k = heapq.heappop(emptiest)
+            taken, group = group[:-negative_room], group[-negative_room:]
+            steps[k] += taken
+            if negative_room + len(taken):
+                heapq.heappush(emptiest, (negative_room + len(taken), k))
+    return [np.array(step) for step in steps]
