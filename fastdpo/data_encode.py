@@ -144,7 +144,8 @@ def _collect(
         unscorable = 0 if prompt else 1
         if min(len(chosen), len(rejected)) <= unscorable:
             column = "chosen" if len(chosen) <= unscorable else "rejected"
-            problem = Problem(i, "unscored", column)
+            suffix = "_ids" if plan.format_name == "tokenized" else ""
+            problem = Problem(i, "unscored", column + suffix)
         elif chosen == rejected and not known:
             problem = Problem(i, "identical_cut" if cut else "identical", "chosen and rejected")
         else:
