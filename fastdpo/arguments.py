@@ -87,7 +87,8 @@ def unknown(name: str, owner: type | None = None) -> ConfigError:
         cls for cls in (ScriptArguments, ModelConfig, TrainingOptions) if name in describe(cls)
     ]
     if owner is not None and homes:
-        return ConfigError(f"{name!r} is an option of {homes[0].__name__}, not of {owner.__name__}")
+        home = "DPOConfig" if homes[0] is TrainingOptions else homes[0].__name__
+        return ConfigError(f"{name!r} is an option of {home}, not of {owner.__name__}")
     if name in RENAMED:
         return ConfigError(f"unknown option {name!r}; its name is {RENAMED[name]}")
     nearest = did_you_mean(name, options_by_name(owner))
