@@ -54,7 +54,7 @@ def missing_for(
     if device.type != "cuda":
         return f"it needs a CUDA device, this is {device.type}"
     if dtype not in _HALF_DTYPES:
-        return f"it computes in bfloat16 or float16, this is {_name(dtype)}"
+        return f"it computes in bfloat16 or float16, this is {_dtype_name(dtype)}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 (Ampere) or newer"
     head_dim = _head_dim(config)
@@ -102,7 +102,7 @@ def resolve_backend(
     return usable_backends(name, device=device, dtype=dtype, config=config)[0]
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -322,8 +322,8 @@ def _as_half(*tensors: Tensor) -> tuple[Tensor, ...]:
         tensors = tuple(t.to(dtype) for t in tensors)
     if dtype not in _HALF_DTYPES:
         raise ModelError(
-            f"flash attention computes in bfloat16 or float16, got {_name(dtype)}; set bf16 or dtype, "
-            "or attn_implementation: sdpa"
+            f"flash attention computes in bfloat16 or float16, got {_dtype_name(dtype)}; set bf16 "
+            "or dtype, or attn_implementation: sdpa"
         )
     return tensors
 

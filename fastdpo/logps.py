@@ -80,8 +80,8 @@ def packed_forward(model: PreTrainedModel, pack: Pack, settings: PackedSettings)
     if settings.max_seqlen is not None and pack.max_seqlen > settings.max_seqlen:
         raise ModelError(
             f"a sequence of {pack.max_seqlen} tokens: past {settings.max_seqlen} this model's "
-            "rotary embedding changes for every token of the batch, so results would depend on what "
-            f"is packed together; lower max_length to {settings.max_seqlen}"
+            "rotary embedding changes for every token of the batch, so results would depend on "
+            f"what is packed together; lower max_length to {settings.max_seqlen}"
         )
     hidden = decoder_rows(model, pack)  # [T, D]
     rows = gather_rows(hidden, pack.predict)  # [N, D]
@@ -172,7 +172,7 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
 
 
 def rotary_max_seqlen(config: PretrainedConfig) -> int | None:
-    """The length past which rotary frequencies depend on the batch's longest row, if there is one."""
+    """The length past which rotary frequencies depend on the batch's longest row; None if never."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     by_layer_type = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
@@ -216,7 +216,8 @@ def prepare_packed_forward(
             f"{did_you_mean(mode, ['auto', *MODES])}"
         )
     _refuse_unsupported(model)
-    own_attention = getattr(model, "_fastdpo_own_attention", model.config._attn_implementation)
+    own_attention = getattr(model, "_fastdpo_own_attention", None)  # set where prepared before
+    own_attention = own_attention or model.config._attn_implementation or "eager"
     head = head_transform(model.config)
     max_seqlen = rotary_max_seqlen(model.config)
     # Calls without a pack go where the model was made to go.

@@ -171,7 +171,7 @@ def _probe_pairs(model: PreTrainedModel) -> TokenizedPairs:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     extra = window if window <= _LARGEST_WINDOW else 0
-    n_vocabulary = model.get_input_embeddings().weight.shape[0]
+    n_vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
     rng = np.random.default_rng(0)
     a, b = (rng.integers(n_vocabulary, size=extra + n).tolist() for n in (9, 14))
     r = [rng.integers(n_vocabulary, size=n).tolist() for n in (5, 11, 7, 6, 1)]
