@@ -1,0 +1,139 @@
+"""LoRA adapters through PEFT: made from options, checked against the model, switched off.
+
+The reference of a fresh adapter is the model with its adapters off. An adapter that was trained
+before is no such thing: `is_untouched` tells the two apart.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import ModelConfig
+from .errors import ConfigError, ModelError, did_you_mean
+
+REFERENCE_ADAPTER = "ref"
+# Initialisations that move base weights: with the adapter off, the model is no longer the policy
+# that training starts from (PEFT documents them as changing the residual weights).
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+def lora_config(config: ModelConfig) -> LoraConfig | None:
+    """The LoRA that the options describe, or None without `use_peft`."""
+    if not config.use_peft:
+        return None
+    targets = config.lora_target_modules
+    if targets is None:
+        target_modules: str | list[str] = "all-linear"
+    else:
+        target_modules = targets[0] if len(targets) == 1 else list(targets)
+        if target_modules != "all-linear" and isinstance(target_modules, str):
+            target_modules = [target_modules]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """`model` with a new trainable adapter.
+
+    Raises `ModelError` for targets that match no module (with the candidates), for prompt
+    learning (it has no packed form), and for initialisations that rewrite the base weights.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config must be a peft.PeftConfig such as peft.LoraConfig, got "
+            f"{type(peft_config).__name__}"
+        )
+    if peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{peft_config.peft_type} prepends virtual tokens, which packs with shared prompts "
+            "can't hold; use LoRA, DoRA or full fine-tuning"
+        )
+    if isinstance(peft_config, LoraConfig):
+        _check_initialisation(peft_config)
+        _check_targets(model, peft_config.target_modules)
+    return get_peft_model(model, peft_config)
+
+
+def _check_initialisation(peft_config: LoraConfig) -> None:
+    init = peft_config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
+        raise ModelError(
+            f"init_lora_weights={init!r} rewrites the base weights, so the model with its adapter "
+            "off is not the policy that training starts from; use init_lora_weights=True"
+        )
+
+
+def _check_targets(model: PreTrainedModel, targets: str | list[str] | set[str] | None) -> None:
+    """Each named target must match a module; PEFT only objects when none of them does."""
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    candidates = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(targets, str):  # a regular expression over the whole name
+        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unmatched = [
+            target
+            for target in sorted(targets)
+            if not any(name == target or name.endswith(f".{target}") for name in names)
+        ]
+    if unmatched:
+        raise ModelError(
+            f"lora_target_modules {unmatched[0]!r} matches no module of {type(model).__name__}"
+            f"{did_you_mean(unmatched[0], candidates)}; its linear layers are "
+            f"{', '.join(candidates)}, or use 'all-linear'"
+        )
+
+
+def is_untouched(model: PeftModel) -> bool:
+    """Whether the active adapters change nothing yet: every LoRA B (or A) is still zero."""
+    pairs: dict[str, dict[str, bool]] = {}
+    for name, parameter in model.named_parameters():
+        match = re.match(r"(.*)\.lora_(?:embedding_)?([AB])\.(\w+)", name)
+        if match and match[3] in model.active_adapters:
+            factor = pairs.setdefault(f"{match[1]}.{match[3]}", {})
+            factor[match[2]] = not bool(torch.any(parameter != 0))
+    return bool(pairs) and all(any(factor.values()) for factor in pairs.values())
+
+
+def copy_adapter(model: PeftModel) -> None:
+    """Freezes a copy of the active adapter as the adapter `ref`, to serve as the reference."""
+    (active,) = model.active_adapters
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE_ADAPTER}" in name:
+            source = model.get_parameter(
+                re.sub(rf"\.{REFERENCE_ADAPTER}(\.|$)", rf".{active}\1", name)
+            )
+            parameter.data.copy_(source.data)
+            parameter.requires_grad_(False)
+    model.set_adapter(active)
+
+
+@contextmanager
+def reference_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
+    """The model under adapter `name`, or with all adapters off where `name` is None."""
+    if name is None:
+        with model.disable_adapter():
+            yield
+        return
+    (active,) = model.active_adapters
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)  # which freezes `name` again: an inactive adapter has no grad

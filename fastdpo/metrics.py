@@ -1,0 +1,165 @@
+"""What a run measures: sums kept on the device between logs, rates, and `metrics.jsonl`.
+
+Nothing here synchronises with the device except `PreferenceMetrics.read`, on logging steps.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastdpo_kernels import PreferenceOutput
+
+from .batch import Pack
+from .data import TokenizedPairs
+from .runtime import sum_over_ranks
+
+# One column a metric, TRL's names. All are means over pairs.
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class PreferenceMetrics:
+    """Sums over pairs, fp64, on the device; only `read` and `run_loss` wait for it.
+
+    Two rows: since the last `reset`, and over the whole run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, len(NAMES) + 2, dtype=torch.float64, device=device)
+
+    def add(self, output: PreferenceOutput, pairs: torch.Tensor) -> None:
+        """Adds one pack: `output` of the loss for `pairs [P, 2]`."""
+        chosen, rejected = output.chosen_rewards, output.rejected_rewards
+        logps = output.logps[pairs]  # [P, 2]
+        columns = (
+            chosen,
+            rejected,
+            chosen > rejected,
+            chosen - rejected,
+            logps[:, 0],
+            logps[:, 1],
+            output.losses.detach(),
+            torch.ones_like(chosen),
+        )
+        self.sums += torch.stack([column.double().sum() for column in columns])
+
+    def read(self) -> dict[str, float]:
+        """Means over all pairs of all ranks since the last reset; `loss` among them. One sync."""
+        *sums, loss, n_pairs = sum_over_ranks(self.sums[0].clone()).tolist()
+        if n_pairs == 0:
+            return {}
+        means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=True)}
+        return {"loss": loss / n_pairs, **means}
+
+    def run_loss(self) -> float:
+        """The mean loss over all pairs of the run."""
+        *_, loss, n_pairs = sum_over_ranks(self.sums[1].clone()).tolist()
+        return loss / n_pairs if n_pairs else float("nan")
+
+    def reset(self) -> None:
+        """Forgets the pairs since the last log; the run's sums go on."""
+        self.sums[0].zero_()
+
+
+@dataclass
+class PackStats:
+    """How many tokens the packs held, and how many other layouts would have held. Counts."""
+
+    n_pairs: int = 0
+    n_packs: int = 0
+    n_tokens: int = 0  # computed: what the packs held
+    n_tokens_unshared: int = 0  # packed, the prompt repeated for every response
+    n_tokens_padded: int = 0  # [2 P, longest] batches, padded to the longest of each step
+    n_tokens_necessary: int = 0  # every prompt once per step, every response once, no padding
+
+    def __add__(self, other: "PackStats") -> "PackStats":
+        return PackStats(**{key: value + getattr(other, key) for key, value in vars(self).items()})
+
+    @property
+    def waste(self) -> float:
+        """The fraction of computed tokens that was not necessary."""
+        return 1 - self.n_tokens_necessary / self.n_tokens if self.n_tokens else 0.0
+
+
+def stats_of_step(pairs: TokenizedPairs, packs: list[Pack]) -> PackStats:
+    """The counts of one step's packs."""
+    pair_ids = [pair_id for pack in packs for pair_id in pack.pair_ids.tolist()]
+    lengths = pairs.lengths[pair_ids]  # [P, 3]: prompt, chosen, rejected
+    longest = int((lengths[:, :1] + lengths[:, 1:]).max()) if pair_ids else 0
+    return PackStats(
+        n_pairs=len(pair_ids),
+        n_packs=len(packs),
+        n_tokens=sum(pack.n_tokens for pack in packs),
+        n_tokens_unshared=sum(pack.n_tokens_unshared for pack in packs),
+        n_tokens_padded=2 * len(pair_ids) * longest,
+        n_tokens_necessary=_necessary_tokens(pairs, pair_ids),
+    )
+
+
+def _necessary_tokens(pairs: TokenizedPairs, pair_ids: list[int]) -> int:
+    """Every distinct prompt once, and behind it every distinct response but its last token."""
+    responses: dict[bytes, dict[bytes, int]] = {}
+    for pair_id in pair_ids:
+        behind = responses.setdefault(pairs.prompt(pair_id).tobytes(), {})
+        for response in (pairs.chosen(pair_id), pairs.rejected(pair_id)):
+            behind[response.tobytes()] = max(len(response) - 1, 0)
+    return sum(
+        len(prompt) // pairs.ids.itemsize + sum(behind.values())
+        for prompt, behind in responses.items()
+    )
+
+
+@dataclass
+class Throughput:
+    """Pairs and tokens per second since the last `reset`, pauses (evaluation, saving) left out."""
+
+    pairs: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0
+
+    def add(self, stats: PackStats) -> None:
+        self.pairs += stats.n_pairs
+        self.tokens += stats.n_tokens
+
+    def pause(self, seconds: float) -> None:
+        self.paused += seconds
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        return {
+            "pairs_per_second": self.pairs / seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
+
+    def reset(self) -> None:
+        self.pairs, self.tokens, self.paused = 0, 0, 0.0
+        self.started = time.perf_counter()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a log, appended and flushed at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, logs: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(logs) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drops what an interrupted run wrote after `step`, so that a resumed run continues it."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,189 @@
+"""Loading models and tokenizers, through transformers and PEFT, with errors one can act on.
+
+A folder or hub name may hold a model or a PEFT adapter (its base model is then loaded too).
+Nothing here decides how a model trains: see adapters.py, reference_logps.py and logps.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .config import DPOConfig, ModelConfig
+from .errors import CheckpointError, MissingPackageError, ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftModel:
+    """The causal language model named by `config.model_name_or_path`, on the training device.
+
+    `dtype` is the dtype of the weights ("auto": as saved); `load_in_4bit`/`load_in_8bit` quantize
+    the frozen base through bitsandbytes.
+    """
+    if config.model_name_or_path is None:
+        raise ModelError("no model was named; set model_name_or_path to a folder or a hub name")
+    kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
+    kwargs.setdefault("revision", config.model_revision)
+    kwargs.setdefault("trust_remote_code", config.trust_remote_code)
+    if config.dtype is not None:
+        kwargs.setdefault("dtype", config.dtype)
+    quantization = quantization_config(config)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    return load_pretrained(config.model_name_or_path, args.device, **kwargs)
+
+
+def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTrainedModel | PeftModel:
+    """`AutoModelForCausalLM.from_pretrained`; a folder with an adapter also loads its base.
+
+    Raises `ModelError` naming what is missing, `MissingPackageError` for quantization packages.
+    """
+    _check_exists(name)
+    if kwargs.get("quantization_config") is not None:
+        kwargs.setdefault("device_map", {"": device})
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        return _load_adapter(name, device, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except ImportError as error:
+        raise MissingPackageError(f"model {name!r} needs a missing package: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name!r} can't be loaded: {_first_line(error)}") from error
+    return model if "device_map" in kwargs else model.to(device)
+
+
+def _load_adapter(name: str, device: torch.device, **kwargs: Any) -> PeftModel:
+    base_name = json.loads((Path(name) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    if not base_name:
+        raise ModelError(
+            f"{name!r} holds an adapter whose adapter_config.json names no base model; load base "
+            "and adapter with peft.PeftModel.from_pretrained and pass the model itself"
+        )
+    base = load_pretrained(base_name, device, **kwargs)
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.model_name_or_path`, of the same revision."""
+    if config.model_name_or_path is None:
+        raise ModelError("no model was named; set model_name_or_path to a folder or a hub name")
+    return load_pretrained_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def load_pretrained_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    _check_exists(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the tokenizer of {name!r} can't be loaded: {_first_line(error)}; pass "
+            "processing_class= in Python, or save the tokenizer beside the model"
+        ) from error
+
+
+def quantization_config(config: ModelConfig) -> Any | None:
+    """The `BitsAndBytesConfig` for `load_in_4bit`/`load_in_8bit`, or None for neither."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'fastdpo[qlora]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = config.dtype if config.dtype not in (None, "auto") else "bfloat16"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+    )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weights of `model` in 4 or 8 bits."""
+    return bool(
+        getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout of `model` to 0, as TRL does: a noisy policy is not its reference.
+
+    Attention's dropout is a number, not a module; TRL leaves it on.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or `model` itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"expected a transformers PreTrainedModel or a PeftModel, got {type(model).__name__}"
+        )
+    return inner
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Puts the weights that `save_pretrained` wrote in `folder` into `model`, in place."""
+    if isinstance(model, PeftModel):
+        (adapter,) = model.active_adapters
+        weights = load_file(folder / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, weights, adapter_name=adapter)
+        return
+    shards = sorted(folder.glob("model*.safetensors"))
+    weights = {key: value for shard in shards for key, value in load_file(shard).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    untied = set(missing) - set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or untied:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} does not fit the model: "
+            f"{(unexpected or sorted(untied))[0]!r} has no counterpart"
+        )
+
+
+def _check_exists(name: str) -> None:
+    """A name that can only be a path gets a plain answer where transformers asks the hub."""
+    path = Path(name)
+    looks_like_path = (
+        path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
+    )
+    if looks_like_path and not path.exists():
+        raise ModelError(f"model folder {name!r} does not exist")
+    if path.is_file():
+        raise ModelError(f"model {name!r} is a file; expected a folder that holds config.json")
+    if path.is_dir() and not any(
+        (path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)
+    ):
+        raise ModelError(
+            f"folder {name!r} holds neither config.json nor {ADAPTER_CONFIG}, so no model; "
+            "a training run keeps its models in checkpoint-N folders below it"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,122 @@
+"""The models of a run, made ready: the policy with its adapter, and the reference beside it.
+
+`prepare_models` adds the adapter, places the weights, switches dropout off, takes the reference's
+copy, binds the packed forward (logps.py) and switches gradient checkpointing on, in that order.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapters import add_adapter
+from .batch import Pack
+from .config import DPOConfig
+from .errors import ConfigError, ModelError
+from .logps import PackedForwardInfo, prepare_packed_forward
+from .model import base_model, disable_dropout, is_quantized
+from .reference_logps import LiveReference, make_reference, reference_kind
+from .runtime import broadcast_from_rank_0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackForward:
+    """Calls a model on a pack, under bf16 autocast if asked: (model, pack) -> token_logps [N]."""
+
+    device_type: str
+    bf16: bool
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
+
+    def __call__(self, model: nn.Module, pack: Pack) -> torch.Tensor:
+        with self.autocast():
+            return model(pack=pack).token_logps
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run trains and compares with."""
+
+    policy: PreTrainedModel | PeftModel
+    reference: LiveReference
+    forward: PackForward
+    packed: PackedForwardInfo
+
+
+def prepare_models(
+    policy: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | PeftModel | None,
+    peft_config: PeftConfig | None,
+    args: DPOConfig,
+) -> Models:
+    """Raises `ConfigError` for options that contradict, `ModelError` for what a model can't do."""
+    if peft_config is not None:
+        if isinstance(policy, PeftModel):
+            raise ConfigError(
+                "model already carries an adapter, and peft_config asks for another; leave "
+                "peft_config out to train the one it has, or merge it first (merge_and_unload)"
+            )
+        policy = add_adapter(policy, peft_config)
+    if is_quantized(base_model(policy)) and not isinstance(policy, PeftModel):
+        raise ModelError("quantized weights can't be trained; pass peft_config (--use_peft)")
+    _place(policy, args.device)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    broadcast_from_rank_0(p for p in policy.parameters() if p.requires_grad)
+
+    forward = PackForward(args.device.type, bool(args.bf16))
+    reference = make_reference(
+        reference_kind(args, policy, ref_model),
+        forward=forward,
+        model=policy,
+        ref_model=ref_model,
+        for_precompute=args.precompute_ref_log_probs,
+    )
+    packed = _bind(policy, args, forward, args.packing_mode)
+    if reference.model is not policy:
+        _place(reference.model, args.device)
+        _bind(reference.model, args, forward, packed.mode)
+    if args.gradient_checkpointing:
+        _checkpoint_activations(policy, {"use_reentrant": False, **_kwargs_of(args)})
+    logger.info(
+        "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
+    )
+    return Models(policy, reference, forward, packed)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    if not hasattr(base_model(model), "hf_device_map"):  # else accelerate has placed it
+        model.to(device)
+
+
+def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:
+    with forward.autocast():
+        return prepare_packed_forward(
+            base_model(model),
+            attn_implementation=args.attn_implementation,
+            logps_impl=args.logps_impl,
+            workspace_bytes=args.logps_workspace_bytes,
+            mode=mode,
+        )
+
+
+def _kwargs_of(args: DPOConfig) -> dict:
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    assert isinstance(kwargs, dict)
+    return kwargs
+
+
+def _checkpoint_activations(model: PreTrainedModel | PeftModel, kwargs: dict) -> None:
+    base = base_model(model)
+    if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20
+        base.activation_checkpointing_enable(kwargs)
+    else:
+        base.gradient_checkpointing_enable(kwargs)
+    if kwargs["use_reentrant"]:  # which needs inputs that require grad
+        base.enable_input_require_grads()

@@ -1,0 +1,97 @@
+"""From pairs to what the loop consumes: the steps of an epoch, each split into packs on the device.
+
+`packing.py` knows how pairs become packs; here is which pairs form a step, on which rank, and
+the copy to the device ahead of time.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .batch import Pack
+from .config import DPOConfig
+from .data import TokenizedPairs
+from .errors import DataError
+from .metrics import PackStats, stats_of_step
+from .packing import build_pack, plan_packs, step_pair_ids
+from .runtime import prefetch
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs in the mode that the model takes, of at most `max_tokens` tokens, on `device`."""
+
+    mode: str
+    max_tokens: int
+    device: torch.device
+
+    def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
+        """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
+        return plan_packs(
+            pairs,
+            pair_ids,
+            max_tokens=self.max_tokens,
+            share_prompts=self.mode == "shared",
+            padded=self.mode == "padded",
+        )
+
+    def packs(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> Iterator[Pack]:
+        """The packs that hold `pair_ids`, one at a time."""
+        for ids in self.plan(pairs, pair_ids):
+            pack = build_pack(pairs, ids, mode=self.mode)
+            if self.device.type == "cuda":
+                pack = pack.pin_memory().to(self.device, non_blocking=True)
+            yield pack
+
+
+@dataclass(frozen=True)
+class StepPacks:
+    """One optimizer step on this rank: its packs on the device, and what they hold."""
+
+    packs: list[Pack]
+    n_pairs: int  # over all ranks: what the loss is divided by
+    stats: PackStats
+
+
+class StepPlan:
+    """How many steps a run has, and which pairs and packs each of them holds on this rank."""
+
+    def __init__(self, pairs: TokenizedPairs, args: DPOConfig, packer: Packer):
+        self.pairs, self.args, self.packer = pairs, args, packer
+        self.pairs_per_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        full, rest = divmod(len(pairs), self.pairs_per_step)
+        self.steps_per_epoch = full + (rest > 0 and not args.dataloader_drop_last)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{len(pairs)} pairs are fewer than one step of {self.pairs_per_step}, and "
+                "dataloader_drop_last drops them; lower per_device_train_batch_size"
+            )
+        by_epochs = math.ceil(args.num_train_epochs * self.steps_per_epoch)
+        self.max_steps = args.max_steps if args.max_steps > 0 else by_epochs
+        self.n_epochs = math.ceil(self.max_steps / self.steps_per_epoch)
+        packer.plan(pairs, np.arange(len(pairs)))  # names a pair that can't fit before step 1
+
+    def steps(self, epoch: int, skip: int) -> Iterator[StepPacks]:
+        """The steps of `epoch` from the `skip`-th on; made ahead of time on a GPU."""
+        args = self.args
+        order = step_pair_ids(
+            self.pairs,
+            pairs_per_step=self.pairs_per_step,
+            epoch=epoch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            sampling=args.train_sampling_strategy,
+            group_by_prompt=args.group_by_prompt,
+        )[skip : self.steps_per_epoch]
+
+        def make() -> Iterator[StepPacks]:
+            for pair_ids in order:
+                mine = pair_ids[args.process_index :: args.world_size]
+                packs = list(self.packer.packs(self.pairs, mine))
+                yield StepPacks(packs, len(pair_ids), stats_of_step(self.pairs, packs))
+
+        return prefetch(make) if self.packer.device.type == "cuda" else make()
