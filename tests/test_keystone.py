@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastdpo.data import TokenizedPairs
 from fastdpo.logps import prepare_packed_forward
@@ -46,7 +46,7 @@ def tiny_qwen2(dtype: torch.dtype, **overrides) -> Qwen2ForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).to(dtype)
+        return Qwen2ForCausalLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
 
 
 MODELS = {
@@ -74,7 +74,7 @@ def mixed_pairs() -> TokenizedPairs:
     return TokenizedPairs.from_lists(*(list(column) for column in zip(*groups, strict=True)))
 
 
-def fp64_norms(model: torch.nn.Module) -> torch.nn.Module:
+def fp64_norms(model: PreTrainedModel) -> PreTrainedModel:
     """Replaces every RMSNorm's forward by one that keeps the dtype of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_the_other_modes_equal_padded_unshared(name: str, mode: str) -> None:
     assert_close(gradients(model, weighted_sum(found, weights)), expected_gradients, FP64)
 
 
-@pytest.mark.parametrize("max_tokens", [42, 60, 90])
+@pytest.mark.parametrize("max_tokens", [42, 60, 75])
 def test_gradients_do_not_depend_on_how_a_step_is_packed(max_tokens: int) -> None:
     model = fp64_norms(MODELS["llama"]()).train()
     prepare_packed_forward(model, mode="shared")

@@ -196,12 +196,11 @@ def test_a_pair_that_fits_no_pack_is_named_by_its_row(mode: str) -> None:
 
 def test_steps_hold_every_pair_once_and_depend_on_seed_and_epoch() -> None:
     pairs = tiny_pairs(22)
-    kwargs = {"pairs_per_step": 4, "seed": 0}
-    steps = step_pair_ids(pairs, epoch=0, **kwargs)
+    steps = step_pair_ids(pairs, epoch=0, pairs_per_step=4, seed=0)
     assert [len(s) for s in steps] == [4, 4, 4, 4, 4, 2]
     assert sorted(np.concatenate(steps).tolist()) == list(range(22))
-    again = step_pair_ids(pairs, epoch=0, **kwargs)
-    other = step_pair_ids(pairs, epoch=1, **kwargs)
+    again = step_pair_ids(pairs, epoch=0, pairs_per_step=4, seed=0)
+    other = step_pair_ids(pairs, epoch=1, pairs_per_step=4, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(steps, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(steps, other, strict=True))
 
@@ -226,7 +225,7 @@ def test_groups_stay_in_one_step_where_they_fit(seed: int) -> None:
     steps = step_pair_ids(pairs, pairs_per_step=7, epoch=0, seed=seed, group_by_prompt=True)
     assert [len(s) for s in steps] == [7] * 7 + [1]
     assert sorted(np.concatenate(steps).tolist()) == list(range(50))
-    # Each step of 7 takes two whole groups, 14 in all; the other 3 groups' 8 pairs fill what is left.
+    # Each step of 7 takes two whole groups, 14 in all; the other 8 pairs fill what is left.
     assert sum(len({i // 3 for i in s.tolist()}) for s in steps) == 14 + 8
 
 
