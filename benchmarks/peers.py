@@ -1,0 +1,243 @@
+"""Whole trainers under one roof: fastdpo and TRL, built and run the way their users do it.
+
+Each gets the same model, pairs, order, optimizer and number of steps. "-best" is each with the
+reference precomputed and no gradient checkpointing; TRL's also sorts by length and takes
+flash-attention and Liger's layers where they are installed. An absent peer is named, not faked.
+"""
+
+import gc
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from .harness import synchronize
+from .workloads import LORA_RANK
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trainer is asked to do: two epochs over `rows`, in their order.
+
+    The first epoch warms up (compilation, caches, allocator); the second is timed, so that all
+    trainers are timed on the same pairs whatever order they take them in. `epochs=1`: no warm-up.
+    """
+
+    rows: list[dict]
+    pairs_per_step: int
+    max_length: int
+    lora: bool
+    bf16: bool
+    device: torch.device
+    epochs: int = 2
+    micro_batch: int = 8  # pairs in a forward pass of a padding trainer; TRL's default
+    gradient_checkpointing: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.rows) // self.pairs_per_step
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and counts of one run; `seconds` and `tokens` are those of the timed epoch."""
+
+    construction_seconds: float
+    training_seconds: float
+    seconds: float
+    tokens: int  # that the trainer computed, padding and repetition included
+    peak_bytes: int | None  # beyond what was allocated before the trainer; None on CPU
+    first_loss: float
+    last_loss: float
+
+
+class StepClock(TrainerCallback):
+    """Waits for the device after step `start` and after step `end` and reads the clock."""
+
+    def __init__(self, device: torch.device, start: int, end: int):
+        self.device, self.start, self.end = device, start, end
+        self.started = self.finished = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.start == 0:
+            self.started = self._read()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.start:
+            self.started = self._read()
+        if state.global_step == self.end:
+            self.finished = self._read()
+
+    def _read(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+
+def _options(job: Job, folder: str) -> dict[str, Any]:
+    """What both trainers are told, in the names they share."""
+    n_steps = job.epochs * job.steps_per_epoch
+    return {
+        "output_dir": folder,
+        "max_steps": n_steps,
+        "per_device_train_batch_size": job.pairs_per_step,
+        "max_length": job.max_length,
+        "learning_rate": 1e-5,
+        "train_sampling_strategy": "sequential",
+        "bf16": job.bf16,
+        "gradient_checkpointing": job.gradient_checkpointing,
+        "use_cpu": job.device.type == "cpu",
+        "logging_steps": job.steps_per_epoch,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _fastdpo(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    from fastdpo import DPOConfig, DPOTrainer, TokenizedPairs
+
+    dataset: Any = job.rows
+    if "prompt_ids" in job.rows[0]:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        dataset = TokenizedPairs.from_lists(*([row[name] for row in job.rows] for name in names))
+    return DPOTrainer, DPOConfig(**options), dataset
+
+
+def _fastdpo_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    options |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+    return _fastdpo(job, options)
+
+
+def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    import trl
+    from datasets import Dataset
+
+    class Counting(trl.DPOTrainer):
+        """TRL's trainer, counting the tokens it computes; pairs of token ids pass as they are."""
+
+        n_tokens = 0
+
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            if "prompt_ids" in dataset.column_names:
+                return dataset
+            return super()._prepare_dataset(dataset, *args, **kwargs)
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.n_tokens += inputs["input_ids"].numel()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    micro_batch = min(options.pop("micro_batch", job.micro_batch), job.pairs_per_step)
+    options |= {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": job.pairs_per_step // micro_batch,
+    }
+    return Counting, trl.DPOConfig(**options), Dataset.from_list(job.rows)
+
+
+def _trl_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    options |= {
+        "gradient_checkpointing": False,
+        "precompute_ref_log_probs": True,
+        "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,  # it would remove `length` before the sampler reads it
+        "micro_batch": job.pairs_per_step,
+        "use_liger_kernel": importlib.util.find_spec("liger_kernel") is not None,
+    }
+    return _trl(job, options)
+
+
+TRAINERS: dict[str, Callable[[Job, dict[str, Any]], tuple[type, Any, Any]]] = {
+    "fastdpo": _fastdpo,
+    "trl": _trl,
+    "fastdpo-best": _fastdpo_best,
+    "trl-best": _trl_best,
+}
+
+
+def precomputes_reference(trainer: str) -> bool:
+    return trainer.endswith("-best")
+
+
+def absent(trainer: str) -> str | None:
+    """Why `trainer` can't run here, or None."""
+    needed = ("trl", "datasets") if trainer.startswith("trl") else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed" if missing else None
+
+
+def use_best_attention(model: PreTrainedModel) -> None:
+    """Flash-attention for a padding trainer where the package is there; else what the model has."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        model.set_attn_implementation("flash_attention_2")
+
+
+def run(
+    trainer: str,
+    job: Job,
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Timing:
+    """Builds `trainer` around the loaded models and trains; both are timed.
+
+    Full fine-tuning passes `ref_model`; with LoRA the reference is the model without adapters.
+    """
+    device = job.device
+    with tempfile.TemporaryDirectory() as folder:
+        trainer_class, config, dataset = TRAINERS[trainer](job, _options(job, folder))
+        if trainer == "trl-best":
+            use_best_attention(model)
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            target_modules="all-linear",
+        )
+        end = job.epochs * job.steps_per_epoch
+        clock = StepClock(device, end - job.steps_per_epoch, end)
+        gc.collect()
+        before = _reset_memory(device)
+        started = time.perf_counter()
+        made = trainer_class(
+            model=model,
+            ref_model=ref_model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=lora if job.lora else None,
+            callbacks=[clock],
+        )
+        synchronize(device)
+        built = time.perf_counter()
+        made.train()
+        synchronize(device)
+        finished = time.perf_counter()
+        logs = [log for log in made.state.log_history if "loss" in log]
+        tokens = made.n_tokens if trainer.startswith("trl") else made.pack_stats.n_tokens
+        return Timing(
+            construction_seconds=built - started,
+            training_seconds=finished - built,
+            seconds=clock.finished - clock.started,
+            tokens=tokens // job.epochs,
+            peak_bytes=_peak_memory(device, before),
+            first_loss=float(logs[0]["loss"]),
+            last_loss=float(logs[-1]["loss"]),
+        )
+
+
+def _reset_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_memory(device: torch.device, before: int) -> int | None:
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
