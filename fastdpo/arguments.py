@@ -42,6 +42,10 @@ SCHEDULES = (
     *("cosine_warmup_with_min_lr", "warmup_stable_decay"),
 )
 INTERVALS = ("no", "steps", "epoch")
+METRICS = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
+)
 
 
 def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -341,6 +345,12 @@ class TrainingOptions:
             raise ConfigError(
                 "'load_best_model_at_end' needs an evaluation at every checkpoint: eval_strategy "
                 f"is {self.eval_strategy!r} and save_strategy {self.save_strategy!r}; use one"
+            )
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if not any(best == name or best.endswith(f"_{name}") for name in METRICS):
+            raise ConfigError(
+                f"'metric_for_best_model' {best!r} is not measured; there are {', '.join(METRICS)}"
+                f"{did_you_mean(best, METRICS)}"
             )
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ConfigError("'save_strategy' best needs evaluations; set eval_strategy")

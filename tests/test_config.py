@@ -13,10 +13,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import fastdpo
 from fastdpo import DPOConfig, ModelConfig, ScriptArguments
-from fastdpo.arguments import LOSSES, TRL_LOSSES, TrainingOptions, options_by_name
+from fastdpo.arguments import LOSSES, METRICS, TRL_LOSSES, TrainingOptions, options_by_name
 from fastdpo.config import SHAPES_THE_RUN, to_plain
 from fastdpo.config_files import read_yaml, write_yaml
 from fastdpo.errors import ConfigError, FastDPOError
+from fastdpo.metrics import NAMES
 from fastdpo.options import Bound, Option, check, default_of, describe
 from fastdpo.unsupported import ALIASES, TRL_NEUTRAL
 
@@ -79,6 +80,7 @@ def refusal(**options: Any) -> str:
         ({"report_to": "tensorbord"}, ["'report_to'", "did you mean 'tensorboard'"]),
         ({"report_to": ["none", "wandb"]}, ["'report_to'"]),
         ({"load_best_model_at_end": True}, ["'load_best_model_at_end'", "'no'", "'steps'"]),
+        ({"metric_for_best_model": "accuracy"}, ["'accuracy'", "rewards/accuracies"]),
         ({"save_strategy": "best"}, ["'save_strategy'", "eval_strategy"]),
         ({"packing_mode": "padded", "group_by_prompt": True}, ["'group_by_prompt'", "'padded'"]),
         ({"save_steps": 1.5}, ["save_steps", "1.5"]),  # transformers' own check, as one of ours
@@ -128,6 +130,12 @@ def test_accepted_values(given, wanted):
     made = config(**given)
     assert {name: getattr(made, name) for name in wanted} == wanted
     assert all(type(getattr(made, name)) is type(value) for name, value in wanted.items())
+
+
+def test_metrics_by_name():
+    assert METRICS == ("loss", *NAMES)
+    for name in ("eval_loss", "loss", "rewards/accuracies", "eval_helpful_rewards/margins"):
+        config(metric_for_best_model=name)
 
 
 def test_bounds_say_what_they_hold():
