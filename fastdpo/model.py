@@ -6,7 +6,7 @@ Nothing here decides how a model trains: see adapters.py, reference_logps.py and
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -33,7 +33,7 @@ def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftMo
     """
     if config.model_name_or_path is None:
         raise ModelError("no model was named; set model_name_or_path to a folder or a hub name")
-    kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
+    kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
     kwargs.setdefault("revision", config.model_revision)
     kwargs.setdefault("trust_remote_code", config.trust_remote_code)
     if config.dtype is not None:
@@ -55,7 +55,7 @@ def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTraine
     if (Path(name) / ADAPTER_CONFIG).is_file():
         return _load_adapter(name, device, **kwargs)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except ImportError as error:
         raise MissingPackageError(f"model {name!r} needs a missing package: {error}") from error
     except (OSError, ValueError) as error:
@@ -101,7 +101,7 @@ def quantization_config(config: ModelConfig) -> Any | None:
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingPackageError(
             "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'fastdpo[qlora]'"
@@ -135,7 +135,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module types it a Tensor)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

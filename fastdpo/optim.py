@@ -4,7 +4,7 @@ The classes come from transformers' own factory (`optim="adamw_torch"`, `"paged_
 the schedules from `transformers.get_scheduler`; nothing is reimplemented here.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,11 +55,11 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, args: DPOConfig, max_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule named by `args.lr_scheduler_type` over `max_steps` optimizer steps."""
-    kwargs: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})
+    kwargs = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)  # checked in config.py
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
         num_warmup_steps=args.get_warmup_steps(max_steps),
         num_training_steps=max_steps,
-        scheduler_specific_kwargs=kwargs,
+        scheduler_specific_kwargs=kwargs or {},
     )

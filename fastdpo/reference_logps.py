@@ -44,7 +44,8 @@ class Reference(Protocol):
 class LiveReference(Reference, Protocol):
     """A reference that asks a model when it is asked."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
 
 @dataclass

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -147,7 +147,7 @@ class DPOTrainer:
     # ---- construction -----------------------------------------------------------------------
 
     def _load(self, name: str, quantization_config: Any) -> PreTrainedModel | PeftModel:
-        kwargs: dict[str, Any] = dict(self.args.model_init_kwargs or {})  # pyright: ignore[reportArgumentType]
+        kwargs: dict[str, Any] = {**cast(dict, self.args.model_init_kwargs or {})}
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
@@ -363,7 +363,7 @@ class DPOTrainer:
         means = self.metrics.read()
         if not means:
             return
-        logs = {"loss": means.pop("loss")}
+        logs: dict[str, Any] = {"loss": means.pop("loss")}
         if not math.isfinite(logs["loss"]):
             raise ModelError(
                 f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate "
@@ -520,9 +520,11 @@ class DPOTrainer:
         folder = Path(output_dir or self.output_dir)
         try:
             if isinstance(self.model, PeftModel):
-                self.model.save_pretrained(folder, selected_adapters=self.model.active_adapters)
+                self.model.save_pretrained(
+                    str(folder), selected_adapters=self.model.active_adapters
+                )
             else:
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(str(folder))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         except OSError as error:
