@@ -325,6 +325,13 @@ class TrainingOptions:
         if isinstance(self.resume_from_checkpoint, bool):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint)
         check_fields(self, TrainingOptions)
+        if (self.resume_from_checkpoint or "").lower() == "false":
+            self.resume_from_checkpoint = None
+        for part in (self.optim_args or "").replace(" ", "").split(","):
+            if part and part.count("=") != 1:
+                raise ConfigError(
+                    f"'optim_args' expects name=value,name=value; got {self.optim_args!r}"
+                )
         self._check_loss()
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(

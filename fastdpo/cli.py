@@ -240,13 +240,16 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
     from .model import load_model, load_tokenizer
     from .trainer import DPOTrainer
 
-    _show_progress()
+    is_main = config.process_index == 0
+    _show_progress(logging.INFO if is_main else logging.WARNING)
     assert config.output_dir is not None and script.dataset_name is not None
     output_dir = Path(config.output_dir)
     resume = config.resume_from_checkpoint
     if resume:
         checkpoint.find_checkpoint(output_dir, resume)
-    elif not config.overwrite_output_dir:  # else the trainer clears it, once all else is loaded
+    elif (
+        is_main and not config.overwrite_output_dir
+    ):  # else the trainer clears it, once all else is loaded
         checkpoint.prepare_output_dir(output_dir, resuming=False, overwrite=False)
 
     splits = [script.dataset_train_split]
@@ -269,18 +272,18 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
     trainer.train()
     metrics = trainer.evaluate() if eval_datasets else {}
     trainer.save_model()
-    if trainer.state.is_world_process_zero:
+    if is_main:
         print("\n".join(_summary(output_dir, trainer.state.global_step, metrics)))
 
 
-def _show_progress() -> None:
+def _show_progress(level: int) -> None:
     """What fastdpo chose and found (packs, attention, dropped rows), on stderr."""
     logger = logging.getLogger("fastdpo")
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
 
 
 def _config_writer(*configs: Any) -> Any:

@@ -83,6 +83,7 @@ def refusal(**options: Any) -> str:
         ({"metric_for_best_model": "accuracy"}, ["'accuracy'", "rewards/accuracies"]),
         ({"save_strategy": "best"}, ["'save_strategy'", "eval_strategy"]),
         ({"packing_mode": "padded", "group_by_prompt": True}, ["'group_by_prompt'", "'padded'"]),
+        ({"optim_args": "momentum"}, ["'optim_args'", "name=value", "'momentum'"]),
         ({"save_steps": 1.5}, ["save_steps", "1.5"]),  # transformers' own check, as one of ours
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, ["two values"]),
     ],
@@ -122,6 +123,8 @@ def test_bf16_needs_a_gpu_or_the_cpu_asked_for(monkeypatch):
         ({"lr_scheduler_kwargs": '{"a": 2}'}, {"lr_scheduler_kwargs": {"a": 2}}),
         ({"output_dir": Path("a/b")}, {"output_dir": "a/b"}),
         ({"report_to": "none"}, {"report_to": []}),
+        ({"resume_from_checkpoint": False}, {"resume_from_checkpoint": None}),
+        ({"resume_from_checkpoint": True}, {"resume_from_checkpoint": "True"}),
         ({"label_smoothing": 0.1}, {"label_smoothing": 0.1, "loss_type": ["sigmoid"]}),
     ],
     ids=lambda value: ",".join(value),
