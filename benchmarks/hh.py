@@ -30,7 +30,7 @@ from .harness import table
 DATA = ROOT.parent / "shared" / "data" / "hh-rlhf"
 FILE = "harmless-base-test.jsonl.gz"
 VOCAB_SIZE = 8000
-RECIPE = "fastdpo/recipes/hh.yaml"
+RECIPE = "benchmarks/hh.yaml"
 
 
 def read_pairs(folder: Path = DATA) -> list[dict[str, str]]:

@@ -1,0 +1,282 @@
+"""What only a GPU can show; `pytest -m gpu`, or `make gpu-check`. Everything here skips elsewhere.
+
+Triton kernels as the GPU runs them (not the interpreter), PyTorch's variable-length attention, no
+host synchronisation inside a step, bitwise repeatable runs, the memory bound. The same arithmetic
+on CPU is tested beside each module.
+"""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.batch import Pack
+from fastdpo.logps import prepare_packed_forward
+from fastdpo.packing import build_pack
+from fastdpo_kernels import linear_logps, preference_loss
+from fastdpo_kernels.reference import linear_logps_reference, preference_loss_reference
+from tests.tiny import tiny_llama, tiny_pairs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = torch.device("cuda")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (N, D, V): one off a tile's edge; more rows than a tile; a real head.
+SHAPES = [(1, 64, 1001), (129, 256, 4097), (512, 896, 32001), (300, 2048, 128256)]
+
+
+def head_inputs(n: int, d: int, v: int, dtype: torch.dtype, *, peaked: bool, seed: int = 0):
+    """hidden [N, D], weight [V, D], targets [N]; peaked: half of the targets have p close to 1."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=DEVICE)
+
+    weight = randn(v, d) / math.sqrt(d)
+    targets = torch.randint(v, (n,), generator=generator, device=DEVICE)
+    hidden = 2.0 * randn(n, d)
+    if peaked:
+        hidden[::2] += 40.0 * weight[targets[::2]]  # z_y - z of about 40 + noise
+        hidden[1::4] -= 150.0 * weight[targets[1::4]]  # logp < -100: the exact fallback's rows
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def no_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def oracle(hidden, weight, targets, dtype: torch.dtype, *, trained: bool):
+    """Log-probs and gradients of the reference in `dtype`, on the same rounded inputs."""
+    h = hidden.clone().to(dtype).requires_grad_()
+    w = weight.clone().to(dtype).requires_grad_(trained)
+    logps, _ = linear_logps_reference(h, w, targets)
+    logps.backward(grad_of(logps))
+    return logps.detach(), h.grad, w.grad
+
+
+def grad_of(logps: torch.Tensor) -> torch.Tensor:
+    """An upstream gradient that differs from row to row, in sign too."""
+    return torch.cos(torch.arange(len(logps), device=logps.device)).to(logps.dtype)
+
+
+def ours(hidden, weight, targets, *, trained: bool, **options):
+    h = hidden.clone().requires_grad_()
+    w = weight.clone().requires_grad_(trained)
+    logps = linear_logps(h, w, targets, impl="triton", **options)
+    logps.backward(grad_of(logps))
+    return logps.detach(), h.grad, w.grad
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_linear_logps_against_the_fp64_oracle(shape, dtype, trained, peaked):
+    no_tf32()
+    inputs = head_inputs(*shape, DTYPES[dtype], peaked=peaked)
+    truth, truth_h, truth_w = oracle(*inputs, torch.float64, trained=trained)
+    plain, plain_h, _ = oracle(*inputs, torch.float32, trained=trained)
+    logps, grad_h, grad_w = ours(*inputs, trained=trained)
+    assert logps.dtype == torch.float32 and torch.isfinite(logps).all()
+    # DESIGN 9: at most twice the error of an fp32-accumulating reference. A single row's error is
+    # luck, so the largest of all rows; and not below the rounding of -softplus(log s + 40).
+    allowed = 2 * float((plain.double() - truth).abs().max())
+    allowed = max(allowed, torch.finfo(torch.float32).eps * (40 + float(truth.abs().max())))
+    assert float((logps.double() - truth).abs().max()) <= allowed
+    # Gradients are rounded to the inputs' dtype when they are written (eps / 2), and so are the
+    # exponentials that they are summed from (eps / 2 each, at random). Weights: the same.
+    eps = torch.finfo(DTYPES[dtype]).eps
+    fp32 = max(relative(plain_h, truth_h), torch.finfo(torch.float32).eps)
+    assert relative(grad_h, truth_h) <= eps + 2 * fp32
+    if trained:
+        assert relative(grad_w, truth_w) <= eps + 2 * fp32
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_linear_logps_is_bitwise_repeatable(trained):
+    inputs = head_inputs(513, 896, 32001, torch.bfloat16, peaked=True)
+    first = ours(*inputs, trained=trained)
+    torch.empty(2**28, dtype=torch.uint8, device=DEVICE).fill_(255)  # NaN in freed memory
+    second = ours(*inputs, trained=trained)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_linear_logps_ignores_rows_and_needs_none():
+    hidden, weight, targets = head_inputs(130, 256, 4097, torch.bfloat16, peaked=False)
+    targets[::3] = -100
+    hidden[::3] = math.nan
+    logps, grad, _ = ours(hidden, weight, targets, trained=False)
+    assert (logps[::3] == 0).all() and (grad[::3] == 0).all()
+    assert torch.isfinite(logps).all() and torch.isfinite(grad).all()
+    empty = linear_logps(hidden[:0].requires_grad_(), weight, targets[:0], impl="triton")
+    empty.sum().backward()
+    assert empty.shape == (0,)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_linear_logps_stays_inside_its_workspace(trained):
+    n, d, v, workspace = 8192, 1024, 128256, 64 * 2**20
+    hidden, weight, targets = head_inputs(n, d, v, torch.bfloat16, peaked=False)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+
+    def forward():
+        return linear_logps(hidden, weight, targets, impl="triton", workspace_bytes=workspace)
+
+    forward()  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    logps = forward()
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = torch.cuda.memory_allocated() - before
+    # Beyond the workspace: what is kept for backward (the saved [N, D] gradient), one fp32 [N, D]
+    # it is summed in, and a few vectors [N].
+    assert peak <= workspace + kept + 4 * n * d + 64 * n
+    assert n * v * 2 > 20 * peak  # no logits
+    logps.sum().backward()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_preference_loss_against_the_fp64_oracle(loss_type):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    lengths = torch.tensor([1, 300, 0, 17, 1024, 5, 129], device=DEVICE)
+    cu_responses = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    n = int(lengths.sum())
+    logps = -6 * torch.rand(n, generator=generator, device=DEVICE)
+    reference = logps + 0.1 * torch.randn(n, generator=generator, device=DEVICE)
+    pairs = torch.tensor([[0, 1], [3, 4], [5, 4], [6, 2]], device=DEVICE)  # 4 is shared, 2 empty
+    options = {"beta": 0.1, "loss_type": loss_type}
+
+    def run(op, dtype, **extra):
+        values = logps.to(dtype).requires_grad_()
+        out = op(
+            values, cu_responses, pairs, ref_token_logps=reference.to(dtype), **options, **extra
+        )
+        out.losses.sum().backward()
+        return out, values.grad
+
+    truth, truth_grad = run(preference_loss_reference, torch.float64)
+    out, grad = run(preference_loss, torch.float32, impl="triton")
+    # A response sums up to 1024 numbers of size 6 in fp32, by a tree or in blocks: its error is
+    # below 10 roundings of the sum. Rewards are beta times that, the loss at most ten times.
+    atol = 10 * torch.finfo(torch.float32).eps * float(truth.logps.abs().max())
+    assert float((out.logps.double() - truth.logps).abs().max()) <= atol
+    for name in ("chosen_rewards", "rejected_rewards"):
+        difference = (getattr(out, name).double() - getattr(truth, name)).abs().max()
+        assert float(difference) <= 2 * 0.1 * atol
+    torch.testing.assert_close(out.losses.double(), truth.losses, rtol=1e-5, atol=20 * atol)
+    torch.testing.assert_close(grad.double(), truth_grad, rtol=1e-4, atol=20 * atol)
+
+
+def wide_llama(dtype: torch.dtype = torch.float32):
+    """A tiny Llama with heads of width 64, which flash kernels take, on the GPU."""
+    return tiny_llama(
+        hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.05, dtype=dtype
+    ).to(DEVICE)
+
+
+def packed_logps(model, pack: Pack, attention: str, *, bf16: bool):
+    """Token log-probs and all parameters' gradients of one shared pack under `attention`."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        info = prepare_packed_forward(model, attn_implementation=attention, mode="shared")
+        assert info.backend == attention
+        logps = model(pack=pack).token_logps
+    logps.sum().backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    return logps.detach(), grads
+
+
+@pytest.mark.parametrize("backend", ["varlen_attn", "flash_attention_2"])
+def test_variable_length_attention_equals_sdpa_over_segments(backend):
+    if backend == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="the extra fastdpo[flash] is not installed")
+    no_tf32()
+    model = wide_llama()
+    pairs = tiny_pairs(12, pairs_per_prompt=3, prompt_lengths=(5, 200), response_lengths=(1, 150))
+    pack = build_pack(pairs, range(12), mode="shared").to(DEVICE)
+    truth, truth_grad = packed_logps(model, pack, "sdpa", bf16=False)
+    plain, plain_grad = packed_logps(model, pack, "sdpa", bf16=True)
+    fast, fast_grad = packed_logps(model, pack, backend, bf16=True)
+    # Both round to bf16 at the same places but inside attention: against fp32 they err alike.
+    assert relative(fast, truth.double()) <= 2 * relative(plain, truth.double())
+    assert relative(fast_grad, truth_grad.double()) <= 2 * relative(plain_grad, truth_grad.double())
+
+
+class RefuseSyncs(TrainerCallback):
+    """Lets no operation wait for the device between the start and the end of a step.
+
+    The first steps are let off: they compile, fill caches and check the start.
+    """
+
+    def __init__(self, first: int):
+        self.first, self.watched = first, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.first:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.watched += torch.cuda.get_sync_debug_mode() == 2
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def train(tmp_path, name: str, *, steps: int = 8, callbacks=(), **overrides) -> DPOTrainer:
+    options = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **overrides,
+    }
+    config = DPOConfig(output_dir=str(tmp_path / name), max_steps=steps, **options)
+    pairs = tiny_pairs(32, pairs_per_prompt=2, prompt_lengths=(8, 60), response_lengths=(4, 40))
+    trainer = DPOTrainer(
+        model=wide_llama(), args=config, train_dataset=pairs, callbacks=list(callbacks)
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_step_does_not_wait_for_the_device(tmp_path, checkpointing):
+    watch = RefuseSyncs(first=3)
+    try:
+        trainer = train(
+            tmp_path, "run", callbacks=[watch], gradient_checkpointing=checkpointing, steps=8
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.watched == 5
+    assert trainer.args.bf16 and trainer.packed_forward.backend != "sdpa"
+
+
+def test_training_on_the_gpu_lowers_the_loss(tmp_path):
+    trainer = train(tmp_path, "run", steps=24, num_train_epochs=6)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < 0.9 * losses[0]
+    assert trainer.packed_forward.mode == "shared"
+
+
+def test_deterministic_runs_are_bitwise_equal(tmp_path):
+    try:
+        runs = [train(tmp_path, name, deterministic=True) for name in ("first", "second")]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    first, second = (dict(run.model.named_parameters()) for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [log.get("loss") for log in runs[0].state.log_history] == [
+        log.get("loss") for log in runs[1].state.log_history
+    ]
