@@ -161,9 +161,11 @@ def _sdpa(
     """One `scaled_dot_product_attention` a segment; any device and dtype."""
     q_lengths = [q_end - q_start for q_start, q_end, _, _ in layout.segments]
     k_lengths = [k_end - k_start for _, _, k_start, k_end in layout.segments]
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     explicit = softcap is not None or sinks is not None
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and (explicit or q.is_cuda):  # on CUDA a mask and grouped heads meet no fast kernel
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     parts = []
     for q_part, k_part, v_part, mask in zip(
         _split(q, q_lengths),
@@ -177,7 +179,13 @@ def _sdpa(
         else:
             causal = mask is None and q_part.shape[2] > 1
             part = F.scaled_dot_product_attention(
-                q_part, k_part, v_part, attn_mask=mask, is_causal=causal, scale=scale
+                q_part,
+                k_part,
+                v_part,
+                attn_mask=mask,
+                is_causal=causal,
+                scale=scale,
+                enable_gqa=grouped,
             )
         parts.append(part)
     return torch.cat(parts, dim=2)[0].transpose(0, 1)
@@ -236,7 +244,9 @@ def _varlen_attn(
     if "window_size" in parameters:
         options["window_size"] = (-1, 0) if window is None else (window - 1, 0)
     else:  # 2.10
-        _refuse(f"varlen_attn of PyTorch {torch.__version__}", {"a window": window is not None})
+        _refuse(
+            f"varlen_attn of PyTorch {torch.__version__}", {"sliding window": window is not None}
+        )
         options["is_causal"] = True
     if "scale" in parameters:
         options["scale"] = scale
