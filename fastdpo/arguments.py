@@ -6,10 +6,11 @@ does not is refused by name (config.py). The standard library alone: see options
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from .data_formats import DATASET_FORMATS
 from .errors import ConfigError, did_you_mean
+from .loss_specs import F_DIVERGENCES, LOSSES, SPECS, check_loss_names, check_loss_options
 from .options import (
     Bound,
     Count,
@@ -26,15 +27,9 @@ from .options import (
 )
 from .unsupported import ALIASES, RENAMED, TRL_NEUTRAL, is_neutral, unsupported
 
-LOSSES = ("sigmoid", "ipo", "hinge")
-TRL_LOSSES = (
-    *("exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
 OPTIMIZERS = (
-    *("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"),
+    *("adamw_torch", "adamw_torch_fused", "sgd"),
     *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
-    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
 )
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
@@ -46,6 +41,7 @@ METRICS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),
 )
+TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -186,10 +182,43 @@ class TrainingOptions:
     run_name: str | None = option(None, "Name of the run for trackers.")
 
     # Preference loss
-    loss_type: list[str] = option(["sigmoid"], "sigmoid (DPO), ipo or hinge.")
+    loss_type: list[str] = option(
+        ["sigmoid"],
+        f"{', '.join(LOSSES)}; or module:function, your own. Several are added up.",
+    )
+    loss_weights: list[float] | None = option(None, "A weight for each loss_type; by default 1.")
     beta: Positive = option(0.1, "How strongly the policy is held to the reference; IPO's tau.")
     label_smoothing: float = option(
-        0.0, "Share of labels taken to be flipped (cDPO), with the sigmoid loss. In [0, 0.5)."
+        0.0,
+        "Share of labels taken to be flipped, in [0, 0.5): cDPO with sigmoid; robust, exo_pair "
+        "(which needs it > 0), aot, aot_unpaired, simpo, cpo.",
+    )
+    f_divergence_type: str = option(
+        "reverse_kl", "Divergence that holds the policy to the reference (f-DPO).", F_DIVERGENCES
+    )
+    f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
+    ld_alpha: Annotated[float, Bound(at_least=0, at_most=1)] | None = option(
+        None,
+        "LD-DPO: weight of a response's tokens beyond the other's length; none and 1: all alike.",
+    )
+    use_weighting: bool = option(
+        False, "WPO: weigh pairs by the policy's own probability of them. Costs token statistics."
+    )
+    rpo_alpha: NonNegative = option(
+        0.0, "RPO: weight of the chosen response's NLL per token, added to every pair's loss."
+    )
+    discopop_tau: Positive = option(0.05, "discopop's temperature.")
+    simpo_gamma: NonNegative = option(0.5, "simpo's target margin, a reward difference.")
+    cpo_alpha: NonNegative = option(1.0, "cpo's weight of the chosen responses' NLL.")
+    use_pair_weights: bool = option(
+        False, "Multiply each pair's loss by its column `weight` (>= 0)."
+    )
+    use_soft_labels: bool = option(
+        False, "Read the probability that chosen is the better one from the column `p_chosen`."
+    )
+    score_margin_scale: NonNegative = option(
+        0.0,
+        "Margin that a pair must have: this times score_chosen - score_rejected, two columns.",
     )
 
     # Reference
@@ -255,7 +284,6 @@ class TrainingOptions:
     lr_scheduler_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the schedule.")
     warmup_steps: NonNegative = option(0, "Warm-up in steps, or below 1 as a share of all steps.")
     optim: str = option("adamw_torch_fused", "Optimizer; 8-bit ones need [qlora].", OPTIMIZERS)
-    optim_args: str | None = option(None, "Its arguments, as `name=value,name=value`.")
     weight_decay: NonNegative = option(0.0, "Decay of all weights but biases and norms.")
     adam_beta1: Share = option(0.9, "Adam's first moment.")
     adam_beta2: Share = option(0.999, "Adam's second moment.")
@@ -309,6 +337,10 @@ class TrainingOptions:
     # Log
     logging_strategy: str = option("steps", "When to log.", INTERVALS)
     logging_steps: Positive = option(10, "Steps between logs, or below 1 their share of all.")
+    log_token_stats: bool = option(
+        False,
+        "Log entropy, mean logits and token accuracy too: about a third more work in the head.",
+    )
     logging_first_step: bool = option(False, "Log the first step as well.")
     disable_tqdm: bool | None = option(None, "No progress bars.")
     report_to: list[str] = option(
@@ -327,21 +359,8 @@ class TrainingOptions:
         check_fields(self, TrainingOptions)
         if (self.resume_from_checkpoint or "").lower() == "false":
             self.resume_from_checkpoint = None
-        for part in (self.optim_args or "").replace(" ", "").split(","):
-            if part and part.count("=") != 1:
-                raise ConfigError(
-                    f"'optim_args' expects name=value,name=value; got {self.optim_args!r}"
-                )
         self._check_loss()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(
-                f"'label_smoothing' expects a number >= 0 and < 0.5, got {self.label_smoothing:g}"
-            )
-        if self.label_smoothing and self.loss_type != ["sigmoid"]:
-            raise ConfigError(
-                "'label_smoothing' belongs to the sigmoid loss; set it to 0 or use "
-                f"loss_type='sigmoid' instead of {self.loss_type[0]!r}"
-            )
+        self._check_optimizer()
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(
                 f"'max_steps' expects a whole number >= 1, or -1 to go by epochs; "
@@ -354,10 +373,11 @@ class TrainingOptions:
                 f"is {self.eval_strategy!r} and save_strategy {self.save_strategy!r}; use one"
             )
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if not any(best == name or best.endswith(f"_{name}") for name in METRICS):
+        measured = METRICS + (TOKEN_METRICS if self.log_token_stats else ())
+        if not any(best == name or best.endswith(f"_{name}") for name in measured):
             raise ConfigError(
-                f"'metric_for_best_model' {best!r} is not measured; there are {', '.join(METRICS)}"
-                f"{did_you_mean(best, METRICS)}"
+                f"'metric_for_best_model' {best!r} is not measured; there are "
+                f"{', '.join(measured)}{did_you_mean(best, measured)}"
             )
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ConfigError("'save_strategy' best needs evaluations; set eval_strategy")
@@ -367,24 +387,23 @@ class TrainingOptions:
                 "not; leave one of the two out"
             )
 
-    def _check_loss(self) -> None:
-        names = self.loss_type
-        for name in names:
-            if name in TRL_LOSSES:
-                raise ConfigError(
-                    f"loss_type {name!r} is not supported by fastdpo yet; "
-                    f"it has {', '.join(LOSSES)}"
-                )
-            if name not in LOSSES:
-                raise ConfigError(
-                    f"unknown loss_type {name!r}; fastdpo has {', '.join(LOSSES)}"
-                    f"{did_you_mean(name, LOSSES)}"
-                )
-        if len(names) != 1:
+    def _check_optimizer(self) -> None:
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            given = getattr(self, name)
+            if self.optim == "sgd" and given != describe(TrainingOptions)[name].default:
+                raise ConfigError(f"{name!r} belongs to AdamW, and optim is 'sgd'; leave it out")
+        schedule = self.lr_scheduler_type
+        if schedule == "constant" and self.warmup_steps:
             raise ConfigError(
-                f"'loss_type' expects one loss, got {len(names)}; mixtures of losses are not "
-                "supported by fastdpo yet"
+                "lr_scheduler_type 'constant' has no warm-up, and warmup_steps is "
+                f"{self.warmup_steps}; use 'constant_with_warmup'"
             )
+        if schedule in ("constant", "constant_with_warmup") and self.lr_scheduler_kwargs:
+            raise ConfigError(f"lr_scheduler_type {schedule!r} takes no lr_scheduler_kwargs")
+
+    def _check_loss(self) -> None:
+        check_loss_names(self.loss_type)
+        check_loss_options(self, {name: SPECS.get(name) for name in self.loss_type})
 
 
 # The first option of each part of the help.

@@ -213,7 +213,7 @@ def help_lines() -> list[str]:
 
 def _shown(default: Any) -> str:
     if isinstance(default, list):
-        return ",".join(default)
+        return ",".join(map(str, default))
     return str(default).lower() if default is None or isinstance(default, bool) else str(default)
 
 
@@ -247,9 +247,8 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
     resume = config.resume_from_checkpoint
     if resume:
         checkpoint.find_checkpoint(output_dir, resume)
-    elif (
-        is_main and not config.overwrite_output_dir
-    ):  # else the trainer clears it, once all else is loaded
+    elif is_main and not config.overwrite_output_dir:
+        # Where it is set, the trainer clears the folder once all else is loaded.
         checkpoint.prepare_output_dir(output_dir, resuming=False, overwrite=False)
 
     splits = [script.dataset_train_split]

@@ -8,9 +8,10 @@ arguments.py and obey the same rules. How options combine into a run is the trai
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -26,11 +27,14 @@ __all__ = ["DPOConfig", "ModelConfig", "ScriptArguments", "to_plain"]
 # What may change on resuming is left out: where and how often is logged, evaluated and saved, and
 # how the same mathematics is computed (packs, kernels, checkpointing, machine).
 SHAPES_THE_RUN = (
-    *("loss_type", "beta", "label_smoothing", "reference", "max_length", "group_by_prompt"),
+    *("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type"),
+    *("f_alpha_divergence_coef", "ld_alpha", "use_weighting", "rpo_alpha", "discopop_tau"),
+    *("simpo_gamma", "cpo_alpha", "use_pair_weights", "use_soft_labels", "score_margin_scale"),
+    *("reference", "max_length", "group_by_prompt"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("max_steps", "train_sampling_strategy", "dataloader_drop_last", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
-    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "bf16", "disable_dropout"),
 )
 
@@ -64,6 +68,7 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
             TrainingArguments.__post_init__(self)
         except (ValueError, ImportError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+        self._try_schedule()
 
     def _refuse_unsupported(self) -> None:
         """Every field of TrainingArguments that is no option of ours must ask for nothing."""
@@ -87,6 +92,18 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         if name == "accelerator_config":
             return value in (AcceleratorConfig(), AcceleratorConfig().to_dict())
         return False
+
+    def _try_schedule(self) -> None:
+        """Builds the schedule once, over nothing: its arguments are wrong now or never."""
+        nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        kwargs = cast(dict[str, Any], self.lr_scheduler_kwargs or {})
+        try:
+            get_scheduler(self.lr_scheduler_type, nothing, 1, 10, scheduler_specific_kwargs=kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"'lr_scheduler_kwargs' {kwargs} do not fit lr_scheduler_type "
+                f"{str(self.to_dict()['lr_scheduler_type'])!r}: {' '.join(str(error).split())}"
+            ) from error
 
     def _check_trackers(self) -> None:
         known = ("all", "none", *INTEGRATION_TO_CALLBACK)

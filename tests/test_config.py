@@ -83,7 +83,14 @@ def refusal(**options: Any) -> str:
         ({"metric_for_best_model": "accuracy"}, ["'accuracy'", "rewards/accuracies"]),
         ({"save_strategy": "best"}, ["'save_strategy'", "eval_strategy"]),
         ({"packing_mode": "padded", "group_by_prompt": True}, ["'group_by_prompt'", "'padded'"]),
-        ({"optim_args": "momentum"}, ["'optim_args'", "name=value", "'momentum'"]),
+        ({"optim": "sgd", "adam_beta1": 0.8}, ["'adam_beta1'", "sgd"]),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, ["constant_with_warmup"]),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"x": 1}},
+            ["lr_scheduler_kwargs"],
+        ),
+        ({"lr_scheduler_kwargs": {"x": 1}}, ["'lr_scheduler_kwargs'", "'linear'", "'x'"]),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ["'lr_scheduler_kwargs'", "min_lr"]),
         ({"save_steps": 1.5}, ["save_steps", "1.5"]),  # transformers' own check, as one of ours
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, ["two values"]),
     ],
@@ -120,7 +127,10 @@ def test_bf16_needs_a_gpu_or_the_cpu_asked_for(monkeypatch):
         ({"logging_steps": 5, "save_steps": 0.5}, {"logging_steps": 5, "save_steps": 0.5}),
         ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
         ({"activation_checkpointing": False}, {"gradient_checkpointing": False}),
-        ({"lr_scheduler_kwargs": '{"a": 2}'}, {"lr_scheduler_kwargs": {"a": 2}}),
+        (
+            {"lr_scheduler_kwargs": '{"num_cycles": 2}', "lr_scheduler_type": "cosine"},
+            {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        ),
         ({"output_dir": Path("a/b")}, {"output_dir": "a/b"}),
         ({"report_to": "none"}, {"report_to": []}),
         ({"resume_from_checkpoint": False}, {"resume_from_checkpoint": None}),
@@ -267,6 +277,7 @@ def test_round_trips(tmp_path):
     options: dict[str, Any] = {
         "loss_type": "ipo",
         "eval_strategy": "steps",
+        "lr_scheduler_type": "cosine",
         "lr_scheduler_kwargs": {"num_cycles": 2},
         "learning_rate": 3e-7,
         "max_length": None,
