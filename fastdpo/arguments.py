@@ -37,6 +37,7 @@ SCHEDULES = (
     *("cosine_warmup_with_min_lr", "warmup_stable_decay"),
 )
 INTERVALS = ("no", "steps", "epoch")
+REFERENCES = ("auto", "adapters_off", "copy", "model")
 METRICS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),
@@ -225,12 +226,24 @@ class TrainingOptions:
     reference: str = option(
         "auto",
         "adapters_off: the model without its adapter. copy: the policy as it starts, frozen. "
-        "model: the ref_model passed in Python. auto chooses where one reading is possible.",
-        ("auto", "adapters_off", "copy", "model"),
+        "adapter:NAME: another adapter of the model. model: a model of its own (ref_model). "
+        "auto chooses where one reading is possible.",
     )
     precompute_ref_log_probs: bool = option(
         False, "Compute all reference log-probs before training, then drop the reference."
     )
+    ref_cache_dir: str | None = option(
+        None,
+        "Folder that keeps reference log-probs between runs. All are then computed before "
+        "training, but for those that are there already.",
+    )
+    sync_ref_model: bool = option(
+        False, "TR-DPO: move the reference towards the policy as training goes."
+    )
+    ref_model_mixup_alpha: Annotated[float, Bound(above=0, at_most=1)] = option(
+        0.6, "TR-DPO: the policy's share in a new reference; 1 replaces it."
+    )
+    ref_model_sync_steps: Count = option(512, "TR-DPO: steps between two moves.")
 
     # Data
     max_length: Count | None = option(
@@ -360,6 +373,7 @@ class TrainingOptions:
         if (self.resume_from_checkpoint or "").lower() == "false":
             self.resume_from_checkpoint = None
         self._check_loss()
+        self._check_reference()
         self._check_optimizer()
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(
@@ -400,6 +414,38 @@ class TrainingOptions:
             )
         if schedule in ("constant", "constant_with_warmup") and self.lr_scheduler_kwargs:
             raise ConfigError(f"lr_scheduler_type {schedule!r} takes no lr_scheduler_kwargs")
+
+    def _check_reference(self) -> None:
+        kind, colon, name = self.reference.partition(":")
+        if (colon and (kind != "adapter" or not name)) or not (colon or kind in REFERENCES):
+            raise ConfigError(
+                f"'reference' expects one of {', '.join(REFERENCES)} or adapter:NAME; got "
+                f"{self.reference!r}{did_you_mean(kind, REFERENCES)}"
+            )
+        if not self.sync_ref_model:
+            for option_name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                given = getattr(self, option_name)
+                if given != describe(TrainingOptions)[option_name].default:
+                    raise ConfigError(
+                        f"{option_name!r} is for TR-DPO: set sync_ref_model: true, or leave it out"
+                    )
+            return
+        for option_name in ("precompute_ref_log_probs", "ref_cache_dir"):
+            if getattr(self, option_name):
+                raise ConfigError(
+                    f"'sync_ref_model' moves the reference during training, and {option_name!r} "
+                    "computes it once before; keep one of them"
+                )
+        if self.reference not in ("auto", "copy", "model"):
+            raise ConfigError(
+                f"'sync_ref_model' moves a copy of the policy, and 'reference' {self.reference!r} "
+                "is none; use reference='copy'"
+            )
+
+    @property
+    def computes_reference_first(self) -> bool:
+        """Whether all reference log-probs are known before training."""
+        return self.precompute_ref_log_probs or self.ref_cache_dir is not None
 
     def _check_loss(self) -> None:
         check_loss_names(self.loss_type)

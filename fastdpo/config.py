@@ -31,6 +31,7 @@ SHAPES_THE_RUN = (
     *("f_alpha_divergence_coef", "ld_alpha", "use_weighting", "rpo_alpha", "discopop_tau"),
     *("simpo_gamma", "cpo_alpha", "use_pair_weights", "use_soft_labels", "score_margin_scale"),
     *("reference", "max_length", "group_by_prompt"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("max_steps", "train_sampling_strategy", "dataloader_drop_last", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
