@@ -1,0 +1,245 @@
+"""The benchmarks run, count right, and say where they ran: smoke tests on tiny models.
+
+What they measure on a real machine is in benchmarks/results; no speed is asserted here.
+"""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_train_step, gpu_check, harness, hh, peers, workloads
+from tests.tiny import tiny_rows
+
+ENVIRONMENT = {"commit": "a", "device": {}, "python": "3", "versions": {}}
+
+
+# ---- harness ---------------------------------------------------------------------------------
+
+
+def test_results_are_resumed_only_where_they_can_be_compared(tmp_path):
+    path = tmp_path / "results.json"
+    harness.Results(path, ENVIRONMENT).add("one", seconds=1.0)
+    resumed = harness.Results(path, ENVIRONMENT, resume=True)
+    assert resumed.has("one") and not resumed.has("two")
+    resumed.add("two", seconds=2.0)
+    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["one", "two"]
+    assert not harness.Results(path, ENVIRONMENT).has("one")  # without resume: afresh
+    with pytest.raises(ValueError, match="commit 'a'.*'b'"):
+        harness.Results(path, {**ENVIRONMENT, "commit": "b"}, resume=True)
+
+
+def test_the_environment_names_the_absent():
+    facts = harness.environment(torch.device("cpu"), "command")
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["absent"]).isdisjoint(facts["versions"])
+    assert facts["commit"] != "unknown" or not (harness.ROOT / ".git").exists()
+
+
+def test_a_table_is_aligned():
+    text = harness.table(["name", "value"], [["a", 1234.5], ["longer", None], ["b", 0.12345]])
+    lines = text.splitlines()
+    assert lines[0].split() == ["name", "value"]
+    assert [line.split()[1] for line in lines[2:]] == ["1234", "-", "0.123"]
+
+
+# ---- workloads -------------------------------------------------------------------------------
+
+
+def test_synthetic_lengths_resemble_what_they_were_fitted_to():
+    lengths = workloads.LENGTHS["hh"].draw(20000, max_length=10**6)
+    logs = np.log(lengths)
+    # Standard errors are below 0.01; the long tail adds ln 4 / 64 = 0.02 to each mean.
+    np.testing.assert_allclose(logs.mean(0), [4.38, 3.29, 3.52], atol=0.04)
+    assert 0.25 < np.corrcoef(logs[:, 1], logs[:, 2])[0, 1] < 0.36
+    cut = workloads.LENGTHS["ultrafeedback"].draw(2000, max_length=512)
+    assert (cut[:, :1] + cut[:, 1:]).max() <= 512 and cut.min() >= 1
+
+
+def test_necessary_flops_are_those_of_the_products_that_run():
+    """Against torch's own counter, on one sequence: prompt of 1, response of n, attention eager."""
+    config, n = workloads.SHAPES["tiny"], 64
+    model = workloads.random_model("tiny", torch.device("cpu"), torch.float32)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(n)[None])
+    lengths = np.array([[1, n, 1]])
+    live, cached = (
+        workloads.necessary_flops(config, lengths, lora=False, live_reference=live)
+        for live in (True, False)
+    )
+    forward = live - cached
+    # Eager attention computes the square, of which n^2 / 2 is necessary; ours counts 1 + 1/2 + n
+    # entries more: the prompt by itself, and before both responses. The rejected token is one more
+    # row of the head.
+    width, layers = config.hidden_size, config.num_hidden_layers
+    expected = forward + 4 * layers * width * (n**2 / 2 - n - 2)
+    expected -= 2 * width * config.vocab_size
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+    assert cached == pytest.approx(3 * forward)  # backward is twice forward
+    lora = workloads.necessary_flops(config, lengths, lora=True, live_reference=False)
+    assert 2 * forward < lora < 2.5 * forward  # no gradient of a frozen weight, but an adapter
+
+
+def test_a_random_head_is_peaked():
+    model = workloads.random_model("tiny", torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(3, 67)[None]).logits[0]
+    assert 0.5 * workloads.PEAKED_STD < float(logits.std()) < 2 * workloads.PEAKED_STD
+
+
+# ---- HH --------------------------------------------------------------------------------------
+
+
+def dialogues(n: int) -> list[dict[str, str]]:
+    rows = []
+    for row in tiny_rows(n):
+        prompt = f"\n\nHuman: {row['prompt']}\n\nAssistant:"
+        rows.append({side: prompt + row[side] for side in ("chosen", "rejected")})
+    return rows
+
+
+def test_no_held_out_question_is_trained_on():
+    rows = dialogues(200)
+    train, held_out = hh.split_by_prompt(rows)
+    assert len(train) + len(held_out) == 200 and len(held_out) == 20
+    asked = [{hh._opening(row) for row in part} for part in (train, held_out)]
+    assert asked[0].isdisjoint(asked[1])
+    assert hh.split_by_prompt(rows) == (train, held_out)
+
+
+def test_bad_rows_are_left_out_of_explicit_rows():
+    rows = dialogues(4)
+    rows[1]["chosen"] = rows[1]["chosen"].split("Assistant:")[0] + "Assistant:"
+    explicit = hh.explicit_rows(rows)
+    assert len(explicit) == 3
+    assert all(row["prompt"].endswith("Assistant:") for row in explicit)
+    assert all(row["chosen"].startswith(" yes") for row in explicit)
+
+
+def test_hh_prepares_data_and_a_model_and_prints_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hh, "small_llama", lambda v, seed: bench_model(v))
+    with gzip.open(tmp_path / hh.FILE, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in dialogues(150))
+    out = tmp_path / "out"
+    assert hh.main(["--data", str(tmp_path), "--output_dir", str(out), "--epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert f"fastdpo train {hh.RECIPE} --model_name_or_path {out / 'model'}" in printed
+    lines = [(out / "data" / f"{name}.jsonl").read_text().count("\n") for name in ("train", "test")]
+    assert lines[0] + lines[1] == 150 and lines[1] >= 10
+    curve = printed.split("loss by epoch: ")[1].split(" (")[0].split(" -> ")
+    assert float(curve[1]) < float(curve[0])
+    assert (out / "model" / "tokenizer.json").is_file() and (harness.ROOT / hh.RECIPE).is_file()
+
+
+def bench_model(vocab_size: int):
+    from tests.tiny import tiny_llama
+
+    return tiny_llama(vocab_size=vocab_size, eos_token_id=1)
+
+
+def test_hh_says_which_file_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hh.main(["--data", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and hh.FILE in capsys.readouterr().err
+
+
+def test_the_small_llama_has_two_million_parameters():
+    assert hh.small_llama().num_parameters() == pytest.approx(2e6, rel=0.01)
+    tiny = workloads.SHAPES["tiny"].to_dict()
+    ours = hh.small_llama().config.to_dict()
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    assert [tiny[key] for key in same] == [ours[key] for key in same]
+
+
+def test_chance_is_a_binomial_tail():
+    assert hh.above_chance(0.5, 2) == 0.75 and hh.above_chance(1.0, 10) == 2**-10
+
+
+# ---- whole trainers --------------------------------------------------------------------------
+
+
+def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+    path = tmp_path / "smoke.json"
+    assert bench_train_step.main(["--smoke", "--output", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["environment"]["command"].startswith("python -m benchmarks.bench_train_step")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    runs = {(row["case"], row["trainer"]): row for row in document["rows"]}
+    absent = [t for t in peers.TRAINERS if peers.absent(t)]
+    expected = {(c.name, t) for c in bench_train_step.SMOKE_CASES for t in c.trainers}
+    assert set(runs) == {key for key in expected if key[1] not in absent}
+    assert len(document["left_out"]) == len(expected) - len(runs)
+    for (case, trainer), row in runs.items():
+        assert row["pairs_per_second"] > 0 and 0 <= row["waste"] < 1, (case, trainer)
+        # The same pairs from the same weights: fp32, a step or two, one loss.
+        assert row["last_loss"] == pytest.approx(runs[case, "fastdpo"]["last_loss"], rel=1e-4)
+    assert "pairs/s" in capsys.readouterr().out
+
+    # Resumed with nothing left to do; and stopped for time before it began.
+    assert bench_train_step.main(["--smoke", "--output", str(path), "--resume"]) == 0
+    assert len(json.loads(path.read_text())["rows"]) == len(runs)
+    late = tmp_path / "late.json"
+    assert bench_train_step.main(["--smoke", "--output", str(late), "--seconds", "0"]) == 0
+    assert json.loads(late.read_text())["rows"] == []
+
+
+# ---- the GPU check ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_check_needs_a_gpu():
+    command = [sys.executable, "-m", "benchmarks.gpu_check"]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu-check: error: torch") and len(done.stderr.splitlines()) == 1
+
+
+JUNIT = """<testsuites><testsuite><testcase classname="a" name="one"/>
+<testcase classname="a" name="two"><failure message="no"/></testcase>
+<testcase classname="a" name="three"><skipped message="absent"/></testcase></testsuite></testsuites>
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypatch, fails):
+    row = {"case": "c", "repeat": 0, "key": "k"} | dict.fromkeys(bench_train_step.COLUMNS, 1.0)
+    called = []
+
+    def stage(name, arguments, seconds):
+        called.append((name, seconds))
+        if name == "GPU tests":
+            text = JUNIT if fails else JUNIT.replace('<failure message="no"/>', "")
+            path = [a for a in arguments if a.startswith("--junitxml=")][0].split("=")[1]
+        else:
+            rows = [
+                {**row, "trainer": "fastdpo", "pairs_per_second": 6.0},
+                {**row, "trainer": "trl"},
+            ]
+            text, path = json.dumps({"rows": rows, "left_out": ["x: y"]}), arguments[-1]
+        with open(path, "w") as file:
+            file.write(text)
+        return gpu_check.Stage(name, int(fails), 1.0)
+
+    monkeypatch.setattr(gpu_check, "run_stage", stage)
+    output = tmp_path / "gpu.json"
+    assert gpu_check.check(400.0, output, "make gpu-check") == int(fails)
+    assert [name for name, _ in called] == ["GPU tests", "kernels", "training step"]
+    assert sum(seconds for _, seconds in called[:2]) < 400
+    document = json.loads(output.read_text())
+    assert document["environment"]["command"] == "make gpu-check"
+    assert document["tests"]["passed"] == 2 - fails
+    printed = capsys.readouterr().out
+    assert "absent:" in printed and "6.000" in printed and "left out: x: y" in printed
+    assert ("failed: a::two" in printed) == fails
+
+
+def test_a_stage_that_takes_too_long_is_stopped():
+    stage = gpu_check.run_stage("sleep", ["-c", "import time; time.sleep(60)"], 1.0)
+    assert stage.status is None and not stage.passed and stage.seconds < 30
