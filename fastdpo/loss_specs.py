@@ -1,0 +1,248 @@
+"""Which losses there are, which options each of them takes, and the check of what was asked for.
+
+The standard library alone, so that a wrong combination is answered before torch is imported. The
+mathematics is in losses.py, under the same names.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError, did_you_mean
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a loss is defined for.
+
+    source: paper and equation.
+    scope: "pair", a pair's loss depends on that pair alone; "step", on all pairs of the step.
+    reference_free: it never reads the reference.
+    parameters: the options it takes beside beta.
+    f_divergence: its margin is one of scores f'(policy / reference), so any f-divergence goes in.
+    logps: it reads summed log-probs, which LD-DPO may weigh; False for per-token means and odds.
+    weighting: WPO's weights apply: it is a sum of losses of pairs of responses.
+    flips: the loss of a pair with its responses swapped has a meaning (soft labels).
+    margin: a score margin may be subtracted from its beta * (chosen - rejected).
+    """
+
+    source: str
+    scope: str = "pair"
+    reference_free: bool = False
+    parameters: tuple[str, ...] = ()
+    f_divergence: bool = False
+    logps: bool = True
+    weighting: bool = True
+    flips: bool = False
+    margin: bool = False
+
+
+_SMOOTHED = ("label_smoothing",)
+
+SPECS: dict[str, LossSpec] = {
+    "sigmoid": LossSpec(
+        "DPO, arXiv 2305.18290 eq. 7; label smoothing: cDPO (Mitchell, 2023)",
+        parameters=_SMOOTHED,
+        f_divergence=True,
+        flips=True,
+        margin=True,
+    ),
+    "hinge": LossSpec(
+        "SLiC-HF, arXiv 2305.10425 eq. 1, on DPO's margin as in RSO, 2309.06657",
+        f_divergence=True,
+        flips=True,
+        margin=True,
+    ),
+    "ipo": LossSpec("IPO, arXiv 2310.12036 eq. 17, per token", f_divergence=True, flips=True),
+    "exo_pair": LossSpec(
+        "EXO, arXiv 2402.00856 eq. 16", parameters=_SMOOTHED, f_divergence=True, margin=True
+    ),
+    "nca_pair": LossSpec("NCA, arXiv 2402.05369 sec. 4.1, for pairs"),
+    "robust": LossSpec(
+        "robust DPO, arXiv 2403.00409 sec. 3.1", parameters=_SMOOTHED, f_divergence=True, margin=True
+    ),
+    "bco_pair": LossSpec("BCO, arXiv 2404.04656, for pairs and with a reward shift of 0"),
+    "sppo_hard": LossSpec("SPPO, arXiv 2405.00675 eq. 4.7, P of the winner 1"),
+    "aot": LossSpec(
+        "AOT, arXiv 2406.05882, paired",
+        scope="step",
+        parameters=_SMOOTHED,
+        weighting=False,
+    ),
+    "aot_unpaired": LossSpec(
+        "AOT, arXiv 2406.05882, unpaired",
+        scope="step",
+        parameters=_SMOOTHED,
+        weighting=False,
+    ),
+    "apo_zero": LossSpec("APO, arXiv 2408.06266 eq. 7"),
+    "apo_down": LossSpec("APO, arXiv 2408.06266 eq. 8"),
+    "discopop": LossSpec(
+        "DiscoPOP, arXiv 2406.08414 eq. 5", parameters=("discopop_tau",), f_divergence=True
+    ),
+    "sft": LossSpec(
+        "negative log-likelihood of the chosen responses, mean over the step's tokens; mixed in "
+        "as in MPO, arXiv 2411.10442 eq. 7"
+    ),
+    "sigmoid_norm": LossSpec(
+        "length-normalised DPO, Tulu 3, arXiv 2411.15124 sec. 5.1", f_divergence=True
+    ),
+    "simpo": LossSpec(
+        "SimPO, arXiv 2405.14734 eq. 6",
+        reference_free=True,
+        parameters=("simpo_gamma", "label_smoothing"),
+        logps=False,
+    ),
+    "cpo": LossSpec(
+        "CPO, arXiv 2401.08417 eq. 3, and its NLL term",
+        reference_free=True,
+        parameters=("cpo_alpha", "label_smoothing"),
+        logps=False,
+        weighting=False,
+    ),
+    "orpo": LossSpec(
+        "ORPO, arXiv 2403.07691 eq. 6 and 7", reference_free=True, logps=False, weighting=False
+    ),
+}
+LOSSES = tuple(SPECS)
+# Of these `sft` alone says nothing about the reference: it goes with either kind.
+PLAIN_NLL = "sft"
+REFUSED = {"kto": "it needs unpaired data"}
+
+
+def is_users(name: str) -> bool:
+    """Whether `name` is a loss of the user's own, `module:function`."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+
+
+def needs_reference(specs: dict[str, LossSpec]) -> bool:
+    """Whether a mix reads a reference. `sft` alone does, for the rewards that are logged."""
+    return not any(spec.reference_free for spec in specs.values()) or any(
+        not spec.reference_free for name, spec in specs.items() if name != PLAIN_NLL
+    )
+
+
+def check_loss_names(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for a loss that is unknown, refused or named twice."""
+    if not names:
+        raise ConfigError(f"'loss_type' names no loss; fastdpo has {', '.join(LOSSES)}")
+    for name in names:
+        if name in REFUSED:
+            raise ConfigError(
+                f"loss_type {name!r} is not supported by fastdpo yet ({REFUSED[name]}); "
+                f"it has {', '.join(LOSSES)}"
+            )
+        if name not in SPECS and not is_users(name):
+            raise ConfigError(
+                f"unknown loss_type {name!r}; fastdpo has {', '.join(LOSSES)}, and takes your own "
+                f"as module:function{did_you_mean(name, LOSSES)}"
+            )
+        if list(names).count(name) > 1:
+            raise ConfigError(f"loss_type names {name!r} twice; add up its loss_weights instead")
+
+
+def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
+    """Holds loss options to their domains and to the losses, by name, that were asked for.
+
+    An option must mean something to at least one of them. `specs[name]` is None for a user's own
+    loss that is not loaded yet: it may take anything. Raises `ConfigError`.
+    """
+    names = ", ".join(specs)
+    known = [spec for spec in specs.values() if spec is not None]
+    open_ended = len(known) < len(specs)
+
+    def takes(parameter: str) -> bool:
+        return open_ended or any(parameter in spec.parameters for spec in known)
+
+    _check_label_smoothing(options, specs, takes)
+    if options.loss_weights is not None and len(options.loss_weights) != len(specs):
+        raise ConfigError(
+            f"'loss_weights' has {len(options.loss_weights)} weights for {len(specs)} losses "
+            f"({names}); give one each"
+        )
+    if options.loss_weights is not None and min(options.loss_weights) < 0:
+        raise ConfigError(f"'loss_weights' expects numbers >= 0, got {options.loss_weights}")
+    if options.loss_weights is not None and max(options.loss_weights) == 0:
+        raise ConfigError("'loss_weights' are all 0, so nothing would be trained; raise one")
+    defaults = {"discopop_tau": 0.05, "simpo_gamma": 0.5, "cpo_alpha": 1.0}
+    for parameter, default in defaults.items():
+        if getattr(options, parameter) != default and not takes(parameter):
+            owners = [name for name, spec in SPECS.items() if parameter in spec.parameters]
+            raise ConfigError(
+                f"{parameter!r} belongs to loss_type {', '.join(owners)}, and loss_type is "
+                f"{names}; leave it out"
+            )
+    if options.f_alpha_divergence_coef != 0.5 and options.f_divergence_type != "alpha_divergence":
+        raise ConfigError(
+            "'f_alpha_divergence_coef' belongs to f_divergence_type 'alpha_divergence', and that "
+            f"is {options.f_divergence_type!r}; leave it out"
+        )
+    _check_extras(options, specs, names)
+
+
+def _check_label_smoothing(options: Any, specs: dict[str, LossSpec | None], takes: Any) -> None:
+    value = options.label_smoothing
+    if not 0 <= value < 0.5:
+        raise ConfigError(f"'label_smoothing' expects a number >= 0 and < 0.5, got {value:g}")
+    if value and not takes("label_smoothing"):
+        owners = [name for name, spec in SPECS.items() if "label_smoothing" in spec.parameters]
+        raise ConfigError(
+            f"'label_smoothing' has no meaning for loss_type {', '.join(map(repr, specs))}; set it "
+            f"to 0, or use one of {', '.join(owners)}"
+        )
+    if value == 0 and "exo_pair" in specs:
+        raise ConfigError(
+            "loss_type 'exo_pair' needs label_smoothing > 0: its loss is infinite at 0; "
+            "set label_smoothing, to 0.001 for instance"
+        )
+
+
+def _check_extras(options: Any, specs: dict[str, LossSpec | None], names: str) -> None:
+    """Options that change how the losses of a mix are fed or added up."""
+
+    def without(trait: str) -> list[str]:
+        lacking = [n for n, spec in specs.items() if spec is not None and not getattr(spec, trait)]
+        if trait == "logps":
+            return lacking or ([PLAIN_NLL] if list(specs) == [PLAIN_NLL] else [])
+        return lacking
+
+    def refuse_for(option: str, lacking: list[str], why: str) -> None:
+        if lacking:
+            raise ConfigError(
+                f"{option!r} does not apply to loss_type {', '.join(lacking)}: {why}; leave one of "
+                "the two out"
+            )
+
+    if options.f_divergence_type != "reverse_kl":
+        lacking = without("f_divergence")
+        if list(specs) != [PLAIN_NLL]:
+            lacking = [name for name in lacking if name != PLAIN_NLL]
+        refuse_for("f_divergence_type", lacking, "it has no f-divergence")
+    if options.ld_alpha is not None:
+        refuse_for("ld_alpha", without("logps"), "LD-DPO weighs the tokens of summed log-probs")
+    if options.use_weighting:
+        refuse_for("use_weighting", without("weighting"), "WPO weighs the losses of single pairs")
+    by_pair = {n: s for n, s in specs.items() if s is not None and s.scope == "step"}
+    if options.use_pair_weights:
+        refuse_for("use_pair_weights", list(by_pair), "its loss is not a sum over pairs")
+    if options.use_soft_labels:
+        refuse_for("use_soft_labels", without("flips"), "it has no meaning for swapped responses")
+        if options.label_smoothing:
+            raise ConfigError(
+                "'use_soft_labels' gives every pair its own probability, and 'label_smoothing' "
+                "gives all the same; leave one of the two out"
+            )
+    if options.score_margin_scale:
+        refuse_for("score_margin_scale", without("margin"), "it has no margin to offset")
+        if options.f_divergence_type != "reverse_kl":
+            raise ConfigError(
+                "'score_margin_scale' and 'f_divergence_type' both redefine the margin; leave one "
+                "of the two out"
+            )
+    if options.rpo_alpha and PLAIN_NLL in specs:
+        raise ConfigError(
+            "'rpo_alpha' and loss_type 'sft' both add the chosen responses' NLL; keep one"
+        )
