@@ -67,6 +67,7 @@ class Pack:
     max_seqlen: the longest sequence (prompt and response, without its last token).
     n_tokens: tokens through the model, padding included. n_tokens_unshared: those of the 2P
         sequences one by one. n_tokens_padded: those of a [2P, longest] batch of whole sequences.
+    columns: the dataset's own numbers for these pairs, [P] fp64 each.
     """
 
     input_ids: Tensor
@@ -83,6 +84,7 @@ class Pack:
     n_tokens: int
     n_tokens_unshared: int
     n_tokens_padded: int
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def predict_index(self) -> Tensor:
@@ -100,6 +102,7 @@ class Pack:
             targets=fn(self.targets),
             cu_responses=fn(self.cu_responses),
             pairs=fn(self.pairs),
+            columns={name: fn(values) for name, values in self.columns.items()},
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Pack:

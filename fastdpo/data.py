@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from fastdpo.data_columns import read_columns, require_columns
 from fastdpo.data_encode import Encoded, EncodePlan, Problem, encode_rows
 from fastdpo.data_formats import detect_format, used_columns
 from fastdpo.data_report import DataReport, LengthSummary
@@ -42,11 +43,13 @@ class TokenizedPairs:
     ids [sum of lengths] int32: prompt, chosen, rejected of pair 0, then of pair 1, and so on.
     offsets [3n + 1] int64: where each of them starts in `ids`; the last entry is len(ids).
     rows [n] int64: the row of the user's dataset that each pair came from.
+    columns: numbers of the dataset's own that losses use (`weight`, …), [n] fp64 each.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     rows: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +88,16 @@ class TokenizedPairs:
         # One gather: position within the new storage, shifted to where that pair lies in the old.
         shift = np.repeat(starts - offsets[:-1:3], pair_lengths)
         ids = self.ids[np.arange(len(shift)) + shift]
-        return TokenizedPairs(ids, offsets, self.rows[indices])
+        columns = {name: values[indices] for name, values in self.columns.items()}
+        return TokenizedPairs(ids, offsets, self.rows[indices], columns)
+
+    @property
+    def scored_lengths(self) -> np.ndarray:
+        """[n, 2] int64: scored tokens of chosen and rejected. Behind an empty prompt nothing
+        predicts a response's first token: it is not scored."""
+        lengths = self.lengths
+        unscored = (lengths[:, :1] == 0) & (lengths[:, 1:] > 0)
+        return lengths[:, 1:] - unscored
 
     @classmethod
     def from_lists(
@@ -118,6 +130,7 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train",
     progress: bool = True,
+    number_columns: Sequence[str] = (),
 ) -> tuple[TokenizedPairs, DataReport]:
     """Tokenizes every row once.
 
@@ -126,7 +139,8 @@ def tokenize_pairs(
     its end, and a pair whose prompt alone fills it is dropped; None for no limit.
     on_bad_row: `error`, `drop` or `keep` rows with an empty response or identical ones; a None is
     an error unless dropped. num_proc: processes; by default as many as the rows are worth.
-    name: what progress, report and errors call the dataset.
+    name: what progress, report and errors call the dataset. number_columns: columns of numbers to
+    carry along (data_columns.py says which there are).
     Raises DataError naming row and column; ConfigError for an option outside its domain.
     """
     if on_bad_row not in ON_BAD_ROW:
@@ -144,7 +158,8 @@ def tokenize_pairs(
         format_name = detect_format(dataset_format, columns, _take(rows, 0, min(n_rows, 16)))
     except DataError as error:
         raise DataError(f"{name} dataset: {error}") from None
-    used = used_columns(format_name)
+    used = used_columns(format_name) | set(number_columns)
+    require_columns(number_columns, columns, name)
     if hasattr(rows, "select_columns"):
         rows = rows.select_columns([c for c in columns if c in used])
 
@@ -177,7 +192,10 @@ def tokenize_pairs(
     problems = [problem for part in parts for problem in part.problems]
     if n_fatal:
         raise DataError(_bad_rows(name, [p for p in problems if p.kind in plan.fatal], max_length))
-    return _assemble(parts, problems, plan, name, n_rows, on_bad_row, columns, used)
+    pairs, report = _assemble(parts, problems, plan, name, n_rows, on_bad_row, columns, used)
+    if number_columns:
+        pairs = replace(pairs, columns=read_columns(rows, number_columns, pairs.rows, name))
+    return pairs, report
 
 
 def _rows_of(dataset: Any, name: str) -> tuple[list[str], Any]:

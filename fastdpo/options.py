@@ -74,6 +74,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     default: Any = None
     help: str = ""
+    item: type = str  # of a list
 
     @property
     def expected(self) -> str:
@@ -81,7 +82,8 @@ class Option:
         if self.choices and self.kinds != (list,):
             text = f"one of {', '.join(self.choices)}"
         else:
-            text = " or ".join(_WORDS[kind] for kind in self.kinds)
+            words = {**_WORDS, list: "a list of numbers" if self.item is float else _WORDS[list]}
+            text = " or ".join(words[kind] for kind in self.kinds)
             text += f" {self.bound}" if self.bound else ""
         return f"{text} or none" if self.nullable else text
 
@@ -106,10 +108,12 @@ def describe(cls: type) -> Mapping[str, Option]:
 
 def _describe(f: Field, hint: Any) -> Option:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    bound, kinds = None, []
+    bound, kinds, item = None, [], str
     for part in typing.get_args(hint) if is_union else (hint,):
         if typing.get_origin(part) is Annotated:
             part, bound = typing.get_args(part)
+        if typing.get_origin(part) is list:
+            (item,) = typing.get_args(part)
         kinds.append(typing.get_origin(part) or part)
     if dict in kinds and str in kinds:  # as transformers annotates them: text is the mapping's JSON
         kinds.remove(str)
@@ -121,6 +125,7 @@ def _describe(f: Field, hint: Any) -> Option:
         choices=tuple(f.metadata["choices"]) if "choices" in f.metadata else None,
         default=default_of(f),
         help=f.metadata["help"],
+        item=item,
     )
 
 
@@ -143,6 +148,8 @@ def check(opt: Option, value: Any) -> Any:
         raise _refusal(opt, value)
     for kind in opt.kinds:
         converted = _CONVERT[kind](value)
+        if kind is list and opt.item is float:
+            converted = _to_numbers(value)
         if converted is not None:
             break
     else:
@@ -203,6 +210,15 @@ def _to_list(value: Any) -> list[str] | None:
     if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
         return None
     return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _to_numbers(value: Any) -> list[float] | None:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        return None
+    numbers = [_to_float(item) for item in value]
+    return None if None in numbers else [float(n) for n in numbers if n is not None]
 
 
 def _to_dict(value: Any) -> dict[str, Any] | None:

@@ -260,6 +260,7 @@ def build_pack(pairs: TokenizedPairs, pair_ids: Sequence[int] | np.ndarray, *, m
         n_tokens=input_ids.size,
         n_tokens_unshared=int(inputs.sum()),
         n_tokens_padded=int(full.size * full.max(initial=0)),
+        columns={name: torch.from_numpy(of[pair_ids]) for name, of in pairs.columns.items()},
     )
 
 
