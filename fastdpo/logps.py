@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdpo_kernels import linear_logps
+from fastdpo_kernels import TokenStats, linear_logps
 
 from .attention import registered_name, usable_backends
 from .batch import Pack
@@ -30,9 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class PackedOutput(NamedTuple):
-    """token_logps [N]: fp32 (fp64 for an fp64 model), in nat, differentiable."""
+    """token_logps [N]: fp32 (fp64 for an fp64 model), in nat, differentiable. stats: those asked
+    for, of each token's distribution."""
 
     token_logps: Tensor
+    stats: TokenStats | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ class PackedSettings:
 # ---- the forward -----------------------------------------------------------------------------
 
 
-def packed_forward(model: PreTrainedModel, pack: Pack, settings: PackedSettings) -> PackedOutput:
-    """Token log-probs [N] of the pack's targets."""
+def packed_forward(
+    model: PreTrainedModel, pack: Pack, settings: PackedSettings, stats: Sequence[str] = ()
+) -> PackedOutput:
+    """Token log-probs [N] of the pack's targets, and the `stats` that `linear_logps` has."""
     if (pack.layout is None) != (settings.mode == "padded"):
         kind = "padded" if pack.layout is None else "packed"
         raise ModelError(f"a {kind} batch for a model prepared for mode {settings.mode!r}")
@@ -85,7 +89,8 @@ def packed_forward(model: PreTrainedModel, pack: Pack, settings: PackedSettings)
         )
     hidden = decoder_rows(model, pack)  # [T, D]
     rows = gather_rows(hidden, pack.predict)  # [N, D]
-    return PackedOutput(head_logps(model, rows, pack.targets, settings))
+    logps, token_stats = head_logps(model, rows, pack.targets, settings, stats)
+    return PackedOutput(logps, token_stats)
 
 
 def decoder_rows(model: PreTrainedModel, pack: Pack) -> Tensor:
@@ -121,20 +126,24 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def head_logps(
-    model: PreTrainedModel, rows: Tensor, targets: Tensor, settings: PackedSettings
-) -> Tensor:
+    model: PreTrainedModel,
+    rows: Tensor,
+    targets: Tensor,
+    settings: PackedSettings,
+    stats: Sequence[str] = (),
+) -> tuple[Tensor, TokenStats | None]:
     """log softmax(logits)[targets] of hidden `rows` [N, D] under the model's head: [N]."""
     head = output_head(model)
-    return linear_logps(
-        rows,
-        head.weight,
-        targets,
-        bias=getattr(head, "bias", None),
-        softcap=settings.head.softcap,
-        scale=settings.head.scale,
-        impl=settings.logps_impl,
-        workspace_bytes=settings.workspace_bytes,
-    )
+    options: dict[str, Any] = {
+        "bias": getattr(head, "bias", None),
+        "softcap": settings.head.softcap,
+        "scale": settings.head.scale,
+        "impl": settings.logps_impl,
+        "workspace_bytes": settings.workspace_bytes,
+    }
+    if not stats:
+        return linear_logps(rows, head.weight, targets, **options), None
+    return linear_logps(rows, head.weight, targets, stats=stats, **options)
 
 
 def output_head(model: PreTrainedModel) -> Any:
@@ -216,12 +225,10 @@ def prepare_packed_forward(
             f"{did_you_mean(mode, ['auto', *MODES])}"
         )
     _refuse_unsupported(model)
-    own_attention = getattr(model, "_fastdpo_own_attention", None)  # set where prepared before
-    own_attention = own_attention or model.config._attn_implementation or "eager"
+    own_attention = _own_attention(model)
     head = head_transform(model.config)
     max_seqlen = rotary_max_seqlen(model.config)
-    # Calls without a pack go where the model was made to go.
-    plain = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    plain = "sdpa" if _has_sdpa(model) else "eager"  # where calls without a pack go
 
     _unbind(model)
     set_attention(model, own_attention)
@@ -250,6 +257,26 @@ def prepare_packed_forward(
             "%s runs %s %s with %s; not %s", model_type, candidate, kind, backend, reason
         )
     return PackedForwardInfo(candidate, backend, reason, max_seqlen)
+
+
+def _own_attention(model: PreTrainedModel) -> str:
+    """The attention implementation that the model was loaded with."""
+    before = getattr(model, "_fastdpo_own_attention", None)  # set where it was prepared before
+    name = before or model.config._attn_implementation or "eager"
+    if name == "sdpa" and not _has_sdpa(model):
+        logger.warning(
+            "%s caps attention logits, which transformers' sdpa leaves out: its plain forwards run "
+            "eager attention from here on",
+            type(model).__name__,
+        )
+        return "eager"
+    return name
+
+
+def _has_sdpa(model: PreTrainedModel) -> bool:
+    """Whether transformers' sdpa computes this model; some versions drop softcaps silently."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return bool(getattr(model, "_supports_sdpa", False)) and softcap is None
 
 
 def _reason(failures: dict[str, list[str]]) -> str:
@@ -308,13 +335,19 @@ def _bind(model: PreTrainedModel, settings: PackedSettings) -> None:
     function: Callable[..., Any] = getattr(plain, "__func__", lambda self, *a, **k: plain(*a, **k))
 
     @functools.wraps(function)
-    def forward(self: PreTrainedModel, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        pack: Pack | None = None,
+        token_stats: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         if pack is None:
             return function(self, *args, **kwargs)
         given = [name for name, value in kwargs.items() if value is not None]
         if args or given:
             raise TypeError(f"a pack holds all inputs; got {given or len(args)} more beside it")
-        return packed_forward(self, pack, settings)
+        return packed_forward(self, pack, settings, token_stats)
 
     forward._fastdpo_plain = plain  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

@@ -139,7 +139,7 @@ class Probe:
         `linear_logps` takes exponentials about 40 nat from the target's logit, in fp32.
         """
         with _undisturbed(self.model):
-            logps = head_logps(
+            logps, _ = head_logps(
                 self.model, self.hidden, self.targets.to(self.hidden.device), settings
             )
         error = float((logps - self.logps).abs().mean())
