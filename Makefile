@@ -23,7 +23,8 @@ soak: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmark.json
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-json=.benchmarks/benchmark.json
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -42,7 +43,7 @@ $(VENV)/.installed: $(PINNED)
 	touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$*]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
 clean:
