@@ -250,16 +250,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(output_dir: Path) -> None:
+    """Prints what the run came to on the held-out pairs, beside chance and beside length alone."""
     run = output_dir / "run"
     print(summary(run))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracy = [x for x in lines if "eval_loss" in x][-1]["eval_rewards/accuracies"]
-    held_out = [json.loads(x) for x in (output_dir / "data/test.jsonl").read_text().splitlines()]
-    n = len(explicit_rows(held_out))
+    held_out = (output_dir / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = explicit_rows(json.loads(line) for line in held_out)
+    n = len(pairs)
+    shorter = sum(len(pair["chosen"]) < len(pair["rejected"]) for pair in pairs)
     print(
         f"held out: {round(accuracy * n)} of {n} pairs have the higher reward on the chosen "
-        f"response ({accuracy:.1%}); guessing reaches that with probability "
-        f"{above_chance(accuracy, n):.2g}"
+        f"response ({accuracy:.1%}); guessing gets that many with probability "
+        f"{above_chance(accuracy, n):.1g}; taking the shorter response gets {shorter / n:.1%}"
     )
 
 

@@ -243,3 +243,17 @@ def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypa
 def test_a_stage_that_takes_too_long_is_stopped():
     stage = gpu_check.run_stage("sleep", ["-c", "import time; time.sleep(60)"], 1.0)
     assert stage.status is None and not stage.passed and stage.seconds < 30
+
+
+def test_hh_reports_a_run(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in dialogues(10)))
+    evaluation = {"eval_rewards/margins": 0.1, "eval_logps/chosen": -9.0}
+    logs = [{"loss": 0.7 - 0.01 * i, "step": i} for i in range(20)]
+    logs += [{"eval_loss": 0.6, "eval_rewards/accuracies": 0.8, "step": 20, **evaluation}]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    hh.report(tmp_path)
+    printed = capsys.readouterr().out
+    assert "training loss: 0.6950 over the first tenth of the logs, 0.5150 over the last" in printed
+    assert "held out: 8 of 10" in printed and "probability 0.05" in printed
