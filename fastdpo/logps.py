@@ -224,7 +224,7 @@ def prepare_packed_forward(
             f"packing_mode {mode!r} is none of auto, {', '.join(MODES)}"
             f"{did_you_mean(mode, ['auto', *MODES])}"
         )
-    _refuse_unsupported(model)
+    _refuse_unsupported(model, mode)
     own_attention = _own_attention(model)
     head = head_transform(model.config)
     max_seqlen = rotary_max_seqlen(model.config)
@@ -313,14 +313,15 @@ def set_attention(model: PreTrainedModel, name: str) -> str | None:
     return None if taken == name else f"transformers took {taken!r} for {name!r}"
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def _refuse_unsupported(model: PreTrainedModel, mode: str) -> None:
     output_head(model)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if mode != "padded" else ():
         dropout = getattr(module, "attention_dropout", 0.0)
         if isinstance(dropout, int | float) and dropout > 0:
             raise ModelError(
                 f"attention_dropout is {dropout} in {name}; packs have none: set "
-                "disable_dropout=True, or attention_dropout=0 in the model's config"
+                "disable_dropout: true, attention_dropout 0 in the model's config, or "
+                "packing_mode: padded"
             )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ModelError(

@@ -49,7 +49,9 @@ def _groups(pairs: TokenizedPairs, pair_ids: Iterable[int]) -> list[_Group]:
     groups: dict[bytes, _Group] = {}
     for order, i in enumerate(pair_ids):
         prompt = pairs.prompt(i)
-        group = groups.setdefault(prompt.tobytes(), _Group(prompt))
+        key = prompt.tobytes()
+        if (group := groups.get(key)) is None:
+            group = groups[key] = _Group(prompt)
         chosen = group.slot(pairs.chosen(i), (i, 0))
         rejected = group.slot(pairs.rejected(i), (i, 1))
         group.pairs.append((order, chosen, rejected))

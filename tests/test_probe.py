@@ -224,6 +224,8 @@ def test_sequences_past_the_rotary_threshold_are_refused(kind: str) -> None:
 def test_attention_dropout_is_refused() -> None:
     with pytest.raises(ModelError, match="attention_dropout is 0.1 in model.layers.0.self_attn"):
         prepare_packed_forward(tiny_llama(attention_dropout=0.1))
+    info = prepare_packed_forward(tiny_llama(attention_dropout=0.1), mode="padded")
+    assert info.mode == "padded"  # the model's own attention applies it
 
 
 def test_a_router_loss_is_refused() -> None:
