@@ -10,12 +10,17 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("fastdpo_kernels")
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 IMPLS = ("auto", "torch", "triton", "reference")
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -67,6 +72,16 @@ class PreferenceForward:
     logps: Tensor
     chosen_slope: Tensor
     rejected_slope: Tensor
+
+
+def outside_graph(op: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Keeps torch.compile out of an op: it chooses kernels and chunks by shape as it runs."""
+    return torch.compiler.disable(op)  # pyright: ignore[reportReturnType]
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is looking at the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def triton_interprets() -> bool:

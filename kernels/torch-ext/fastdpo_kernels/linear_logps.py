@@ -16,7 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .impls import STATS, TokenStats, choose_impl
+from .impls import STATS, TokenStats, choose_impl, is_transformed, outside_graph
 from .reference import linear_logps_reference
 
 NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
@@ -57,7 +57,7 @@ def linear_logps(
 ) -> tuple[Tensor, TokenStats]: ...
 
 
-@torch.compiler.disable
+@outside_graph
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -311,7 +311,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         raise TypeError(f"linear_logps: {name} is a DTensor; pass its full_tensor()")
     if hasattr(tensor, "ds_id") and tensor.numel() == 0:
         raise TypeError(f"linear_logps: {name} is a ZeRO-3 shard; gather it around the call")
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_transformed(tensor):
         raise RuntimeError(
             "linear_logps does not work under torch.func transforms (vmap, grad, jvp): "
             "call it on the whole batch, its rows are independent"

@@ -1,14 +1,11 @@
-"""`linear_logps` in chunked torch: the fast path on CPU, and the way for devices that Triton does
-not serve.
+"""`linear_logps` in chunked torch: the fast path on CPU, and the way where Triton cannot run.
 
 Per row, in a frame r: E_v = exp(z_v - r) for v != y, s_o = sum_v E_v, s_y = exp(z_y - r), and then
-    logp     = -softplus(log s_o - (z_y - r))
-    d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)              (times the slope of the logit
-    transform)
-On a CPU r = z_y + 40, known before the first tile, so nothing is ever rescaled; the rare rows that
-overflow this frame are done again with r near max z. Elsewhere all rows use that second frame (one
-more GEMM), because asking which ones overflowed would wait for the device. Callers have checked
-the arguments.
+    logp = -log(1 + s_o / s_y)        d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)
+(times the logit transform's slope). On a CPU r = z_y, known before the first tile, so nothing is
+ever rescaled; the rare rows that overflow this frame are done again with r near max z. Elsewhere
+all rows use that second frame (one more GEMM): asking which overflowed would wait for the device.
+Callers have checked the arguments.
 """
 
 import math
@@ -20,12 +17,9 @@ from torch import Tensor
 
 from .impls import ForwardResult, TokenStats
 
-_OFFSET = 40.0  # r - z_y in the fixed frame: leaves room for exp on both sides in fp32, ...
-_OVERFLOW = math.exp(
-    60.0
-)  # ... and this much above: a sum beyond it sends its row to the other frame
+_OVERFLOW = math.exp(80.0)  # of s_o in the frame r = z_y: logp < -80, and exp is near its end
 _HEADROOM = 10.0  # max z - r in the other frame, so that E spans the range of fp16 too
-_ROWS, _COLS = 512, 2048  # the largest tile
+_ROWS, _COLS = 1024, 4096  # the largest tile
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class _Sums:
     """What a pass over the vocabulary gathers about k rows."""
 
     others: Tensor  # [k] sum of E over v != y
-    weighted: Tensor  # [k] sum of E (z - z_y): the entropy
+    weighted: Tensor  # [k] sum of E (z - center): the entropy
     tanh: Tensor  # [k] sum of tanh under a softcap: the mean logit
     top: Tensor  # [k] largest z - r so far, ...
     top_at: Tensor  # [k] ... its first column, ...
@@ -141,8 +135,8 @@ def forward(
             whole[index] = part
         for name, part in done.stats.items():
             found[name][index] = part.masked_fill(skip, 0)
-        if kept is not None and not isinstance(index, slice):  # then `store` was a copy
-            kept[index] = store
+        if kept is not None and store is not None and not isinstance(index, slice):
+            kept[index] = store  # it was a copy
         return done.others
 
     for start, end in _spans(n, rows):
@@ -217,7 +211,11 @@ def weight_grad(
                 y = targets[r0:r1].masked_fill(skip.squeeze(1), 0)
                 _put_target(tile, y - v0, target_e[r0:r1])
             k = factor[r0:r1]
-            total.addmm_(tile.mT, h.to(head.dtype).mul(k[:, None]))
+            scaled = h.to(head.dtype).mul(k[:, None])
+            if head.halves and head.rounded == torch.bfloat16:
+                _accumulate(head, total, tile.mT, scaled.to(head.rounded))
+            else:  # fp16 has no room for small gradients: fp32
+                total.addmm_(tile.mT, scaled)
             if bias_grad is not None:
                 bias_total.addmv_(tile.mT, k)
         if not in_place:
@@ -243,7 +241,8 @@ def _run_rows(
     rows, v = h.shape[0], head.weight.shape[0]
     w_y = head.operand(head.weight[y]).to(head.dtype)  # [k, D]
     z_y, flat_y = _target_logits(head, h, w_y, y)
-    r = _near_max(head, h, buffer, cols) if near_max else z_y + _OFFSET
+    r = _near_max(head, h, buffer, cols) if near_max else z_y
+    center = r + _HEADROOM if near_max else z_y
     sums = _Sums.zeros(rows, z_y)
     grad = torch.zeros(h.shape, dtype=head.dtype, device=h.device) if need_grad else None
     for v0, v1 in _spans(v, cols):
@@ -253,12 +252,15 @@ def _run_rows(
         if store is not None:
             tile = store[:, v0:v1]
         _exponents(head, h, w, head.bias_slice(v0, v1), r, tile, cap)
-        _fold(sums, tile, cap, rest[0] if rest else None, y, v0, r - z_y, stats)
+        _fold(sums, tile, cap, rest[0] if rest else None, y, v0, r - center, stats)
         if grad is not None:
             _accumulate(head, grad, tile, w)
 
     s_o, log_sy = sums.others, z_y - r
-    logps = -torch.logaddexp(s_o.log() - log_sy, torch.zeros_like(s_o))
+    if near_max:  # s_o / s_y may overflow
+        logps = -torch.logaddexp(s_o.log() - log_sy, torch.zeros_like(s_o))
+    else:  # s_y = 1
+        logps = -torch.log1p(s_o)
     inv_sum = 1 / (s_o + log_sy.exp())
     if grad is not None:
         grad.mul_((-head.slope * inv_sum)[:, None])
@@ -266,7 +268,20 @@ def _run_rows(
     target_e = -s_o * flat_y
     if store is not None:
         store.scatter_(1, y[:, None], target_e[:, None])
-    found = _statistics(head, sums, logps, inv_sum, h, y, mean, stats)
+    found = {}
+    if "entropy" in stats:
+        # -sum p log p with log p_v = (z_v - c) - (log sum - c), c near what carries the weight
+        spread = -inv_sum.log() - _HEADROOM if near_max else -logps
+        of_target = log_sy.exp() * (z_y - center)
+        found["entropy"] = spread - (sums.weighted + of_target) * inv_sum
+    if "mean_logits" in stats and mean is not None:
+        found["mean_logits"] = head.slope * (h.to(head.dtype) @ mean[0] + mean[1])
+    elif "mean_logits" in stats and head.softcap is not None:
+        found["mean_logits"] = sums.tanh * (head.softcap / head.temperature / v)
+    if "is_top1" in stats:
+        found["is_top1"] = sums.top_at == y
+    if "log_sum_sq_probs" in stats:  # p_v = exp(z_v - r) / (s_o + s_y)
+        found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top + inv_sum.log())
     return _Chunk(s_o, logps, grad, (r, inv_sum, target_e), found)
 
 
@@ -300,7 +315,7 @@ def _fold(
     scratch: Tensor | None,
     y: Tensor,
     v0: int,
-    to_target: Tensor,
+    to_center: Tensor,
     stats: tuple[str, ...],
 ) -> None:
     """Adds a tile of z - r to the sums, and leaves in it E times the slope of tanh."""
@@ -317,8 +332,8 @@ def _fold(
             sums.squares.mul_((2 * (before - sums.top)).exp()).add_(squares)
     if "entropy" in stats:
         assert scratch is not None
-        # z - z_y; a masked logit of -inf has E = 0 and must not make 0 * inf
-        torch.add(tile, to_target[:, None], out=scratch).clamp_(min=-1e4)
+        # A masked logit of -inf has E = 0 and must not make 0 * inf.
+        torch.add(tile, to_center[:, None], out=scratch).clamp_(min=-1e4)
     tile.exp_()
     _put_target(tile, y - v0, tile.new_zeros(()).expand(len(y)))
     sums.others += tile.sum(1)
@@ -329,31 +344,6 @@ def _fold(
         if "mean_logits" in stats:
             sums.tanh += cap.sum(1)
         tile.mul_(_one_minus_square(cap))
-
-
-def _statistics(
-    head: _Head,
-    sums: _Sums,
-    logps: Tensor,
-    inv_sum: Tensor,
-    h: Tensor,
-    y: Tensor,
-    mean: tuple[Tensor, Tensor | float] | None,
-    stats: tuple[str, ...],
-) -> dict[str, Tensor]:
-    found = {}
-    if "entropy" in stats:  # -sum p log p, with log p_v = (z_v - z_y) + logp
-        found["entropy"] = -logps - sums.weighted * inv_sum
-    if "mean_logits" in stats and mean is not None:
-        found["mean_logits"] = head.slope * (h.to(head.dtype) @ mean[0] + mean[1])
-    elif "mean_logits" in stats and head.softcap is not None:
-        factor = head.softcap / head.temperature / head.weight.shape[0]
-        found["mean_logits"] = factor * sums.tanh
-    if "is_top1" in stats:
-        found["is_top1"] = sums.top_at == y
-    if "log_sum_sq_probs" in stats:  # p_v = exp(z_v - r) / (s_o + s_y)
-        found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top + inv_sum.log())
-    return found
 
 
 def _head(
@@ -410,7 +400,7 @@ def _add_product(head: _Head, tile: Tensor, h: Tensor, w: Tensor, factor: float)
 
 
 def _accumulate(head: _Head, grad: Tensor, e: Tensor, w: Tensor) -> None:
-    """grad [k, D] += E @ w."""
+    """grad += E @ w, in fp32."""
     if head.halves:
         grad += torch.mm(e.to(head.rounded), w, out_dtype=head.dtype)
     else:

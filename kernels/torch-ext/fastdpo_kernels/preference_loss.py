@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .impls import PreferenceForward, choose_impl
+from .impls import PreferenceForward, choose_impl, is_transformed, outside_graph
 from .reference import preference_loss_reference
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -37,7 +37,7 @@ class PreferenceOutput:
     logps: Tensor
 
 
-@torch.compiler.disable
+@outside_graph
 def preference_loss(
     token_logps: Tensor,
     cu_responses: Tensor,
@@ -199,7 +199,7 @@ def _check(
             raise ValueError(
                 f"preference_loss: {name} is on {tensor.device}, not on {token_logps.device}"
             )
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_transformed(tensor):
             raise RuntimeError(
                 "preference_loss does not work under torch.func transforms (vmap, grad, jvp): "
                 "call it on the whole pack, its pairs are independent"

@@ -1,0 +1,232 @@
+"""Inputs like a language model's, the fp64 oracle, and error budgets, for the kernel tests.
+
+The oracle is `fastdpo_kernels.reference` in fp64 on the very inputs the op gets (already rounded to
+their dtype); so a budget holds the arithmetic alone. Not here: anything about packs or models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo_kernels.impls import STATS, TokenStats
+from fastdpo_kernels.reference import linear_logps_reference, logits_reference
+
+ULP = {  # relative spacing at 1; a rounding errs by half of it
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """hidden [N, D], weight [V, D], targets [N], bias [V] or None, incoming gradient [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `linear_logps` gives for a Head and its gradient."""
+
+    logps: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor | None
+    stats: TokenStats
+
+
+def peaked_head(
+    n: int,
+    d: int,
+    v: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    ignored: float = 0.0,
+    seed: int = 0,
+) -> Head:
+    """Logits with Zipf's unigram frequencies, and targets from all but certain to surprising.
+
+    A third of the rows favour their target by 0 to 30 nat, as a trained model does.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    frequency = 1.0 / torch.arange(1, v + 1, dtype=torch.float64)
+    targets = torch.multinomial(frequency.expand(max(n, 1), v), 1, generator=rng)[:n, 0]
+    weight = torch.randn(v, d, generator=rng, dtype=torch.float64) / d**0.5
+    weight[:, 0] = frequency.log() / 4
+    hidden = 1.5 * torch.randn(n, d, generator=rng, dtype=torch.float64)
+    hidden[:, 0] = 4.0
+    lift = 30 * torch.rand(n, generator=rng, dtype=torch.float64)
+    lift *= torch.rand(n, generator=rng) < 1 / 3
+    rows = weight[targets]
+    hidden += lift[:, None] * rows / rows.square().sum(1, keepdim=True).clamp(min=0.1)
+    biases = torch.randn(v, generator=rng, dtype=torch.float64).to(weight_dtype or dtype)
+    grad = torch.randn(n, generator=rng, dtype=torch.float64).to(_wide(dtype))
+    targets = targets.masked_fill(torch.rand(n, generator=rng) < ignored, -100)
+    return Head(
+        hidden.to(dtype), weight.to(weight_dtype or dtype), targets, biases if bias else None, grad
+    )
+
+
+def flat_head(n: int, d: int, v: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Head:
+    """All logits within about 0.05 of each other: an untrained model."""
+    head = peaked_head(n, d, v, dtype=dtype, seed=seed)
+    return Head((0.01 * head.hidden.double()).to(dtype), head.weight, head.targets, None, head.grad)
+
+
+def far_head(
+    n: int, d: int, v: int, *, gap: float, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Head:
+    """Targets at the least logit, about `gap` nat below the largest: logp near -gap."""
+    head = peaked_head(n, d, v, dtype=torch.float64, seed=seed)
+    z = logits_reference(head.hidden, head.weight)
+    targets = z.argmin(1)
+    spread = (z.amax(1) - z.amin(1)).clamp(min=1e-3)
+    hidden = head.hidden * (gap / spread)[:, None]
+    return Head(hidden.to(dtype), head.weight.to(dtype), targets, None, head.grad.to(_wide(dtype)))
+
+
+def negative_head(
+    n: int, d: int, v: int, *, level: float, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Head:
+    """Like `peaked_head`, with every logit lowered by `level`."""
+    head = peaked_head(n, d, v, dtype=torch.float64, seed=seed)
+    hidden = torch.cat([head.hidden, torch.ones(n, 1, dtype=torch.float64)], 1)
+    lower = torch.full((v, 1), -level, dtype=torch.float64)
+    weight = torch.cat([head.weight, lower], 1)
+    return Head(hidden.to(dtype), weight.to(dtype), head.targets, None, head.grad.to(_wide(dtype)))
+
+
+def run(op, head: Head, *, stats: Sequence[str] = STATS, **options) -> Outcome:
+    """Runs `linear_logps` and its backward; gradients in the inputs' dtypes."""
+    hidden = head.hidden.detach().requires_grad_()
+    weight = head.weight.detach().requires_grad_()
+    bias = None if head.bias is None else head.bias.detach().requires_grad_()
+    result = op(hidden, weight, head.targets, bias=bias, stats=stats, **options)
+    logps, found = result if isinstance(result, tuple) else (result, TokenStats())
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    grads = torch.autograd.grad(logps, inputs, head.grad.to(logps.dtype))
+    return Outcome(
+        logps.detach(), grads[0], grads[1], grads[2] if bias is not None else None, found
+    )
+
+
+def exact(head: Head, dtype: torch.dtype = torch.float64, **transform) -> Outcome:
+    """The reference in `dtype` on the head's rounded inputs (fp64: the oracle)."""
+    weight = head.weight.to(head.hidden.dtype)
+
+    def reference(hidden, weight, targets, *, bias, stats, **transform):
+        return linear_logps_reference(hidden, weight, targets, bias=bias, **transform)
+
+    raised = Head(
+        head.hidden.to(dtype),
+        weight.to(dtype),
+        head.targets,
+        None if head.bias is None else head.bias.to(dtype),
+        head.grad.to(dtype),
+    )
+    return run(reference, raised, **transform)
+
+
+def logps_budget(head: Head, oracle: Outcome, plain: Outcome, **transform) -> Tensor:
+    """[N]: twice the error of an fp32-accumulate reference (`plain`), row by row.
+
+    That error is a draw from a distribution and may be 0 by luck: it counts as at least half an ulp
+    of what is rounded on the way, namely the largest logit, its partial sums (at most |h| |w|, by
+    Cauchy and Schwarz; once for the target, once for the others), and the log-prob.
+    """
+    ignored = head.targets == transform.get("ignore_index", -100)
+    h = head.hidden.double().masked_fill(ignored[:, None], 0)
+    slope = abs(transform.get("scale", 1.0)) / transform.get("temperature", 1.0)
+    sums = slope * h.norm(dim=1) * head.weight.double().norm(dim=1).amax()
+    z = _logits(head, **transform).abs().amax(1)
+    least = _half_ulp(head) * (z + 2 * sums + oracle.logps.abs() + 1)
+    return 2 * torch.maximum((plain.logps.double() - oracle.logps).abs(), least)
+
+
+def assert_logps_close(head: Head, actual: Tensor, **transform) -> None:
+    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    budget = logps_budget(head, oracle, plain, **transform)
+    error = (actual.double() - oracle.logps).abs()
+    assert torch.isfinite(actual).all()
+    worst = _worst(error / budget)
+    assert worst <= 1, f"log-prob error is {worst:.2f} of its budget"
+
+
+def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **transform) -> None:
+    """Every element of every gradient within twice the error of an fp32-accumulate reference.
+
+    A gradient is a sum of c_nv x over v or n, with c = g dlogp/dz, so that sum_v |c_nv| is
+    2 |g| (1 - p_y). Each c errs relatively by the error of its logit (half the log-prob budget) and
+    a few roundings; the sum then by that times sum |c| max |x|, whatever cancels in it. Results are
+    rounded to their dtype: once for weight and bias, twice for hidden (unscaled, then scaled).
+    `e_ulp`: relative rounding of c where an implementation stores it in 16 bits.
+    """
+    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    budget = logps_budget(head, oracle, plain, **transform)
+    relative = budget / 2 + 8 * _half_ulp(head) + e_ulp  # [N]
+    g, h, w = head.grad.double(), head.hidden.double(), head.weight.double()
+    ignored = head.targets == transform.get("ignore_index", -100)
+    g, h = g.abs().masked_fill(ignored, 0), h.abs().masked_fill(ignored[:, None], 0)
+    g = g * abs(transform.get("scale", 1.0)) / transform.get("temperature", 1.0)
+    c = g * 2 * -torch.expm1(oracle.logps) * relative
+    # Near p_y = 1 the oracle cancels, and is the less exact of the two: a few of its own ulps.
+    c = (c + 4 * ULP[torch.float64] * g)[:, None]
+    budgets = {"d_hidden": c * w.abs().amax(0), "d_weight": (c * h).sum(0), "d_bias": c.sum()}
+    for name, scale in budgets.items():
+        got, want, near = (getattr(o, name) for o in (actual, oracle, plain))
+        if got is None:
+            continue
+        assert torch.isfinite(got).all(), name
+        roundings = 2 if name == "d_hidden" else 1
+        rounding = roundings * (ULP[got.dtype] / 2 * want.abs() + torch.finfo(got.dtype).tiny)
+        allowed = 2 * torch.maximum((near - want).abs(), scale) + rounding
+        worst = _worst((got.double() - want).abs() / allowed)
+        assert worst <= 1, f"{name} error is {worst:.2f} of its budget"
+
+
+def assert_stats_close(head: Head, stats: TokenStats, **transform) -> None:
+    """The four statistics: errors scale with the log-probs' (entropy sums p log p, and so on)."""
+    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    budget = logps_budget(head, oracle, plain, **transform)
+    for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
+        got, want = getattr(stats, name), getattr(oracle.stats, name)
+        near = (getattr(plain.stats, name) - want).abs()
+        # A factor p has a relative error of the logits' error, and multiplies a log p or a z.
+        allowed = 2 * torch.maximum(near, 2 * budget * (1 + want.abs()))
+        worst = _worst((got.double() - want).abs() / allowed)
+        assert worst <= 1, f"{name} error is {worst:.2f} of its budget"
+    z = _logits(head, **transform)
+    top = z.amax(1)
+    y = head.targets.clamp(min=0)
+    near_tie = (top - z.scatter(1, y[:, None], -torch.inf).amax(1)).abs() <= budget
+    assert stats.is_top1 is not None and oracle.stats.is_top1 is not None
+    assert ((stats.is_top1 == oracle.stats.is_top1) | near_tie).all(), "is_top1"
+
+
+def _logits(head: Head, **transform) -> Tensor:
+    ignored = head.targets == transform.pop("ignore_index", -100)
+    h = head.hidden.double().masked_fill(ignored[:, None], 0)
+    bias = None if head.bias is None else head.bias.double()
+    return logits_reference(h, head.weight.double(), bias=bias, **transform)
+
+
+def _worst(shares: Tensor) -> float:
+    return shares.max().item() if shares.numel() else 0.0
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _half_ulp(head: Head) -> float:
+    return ULP[_wide(head.hidden.dtype)] / 2
