@@ -91,7 +91,7 @@ def test_options_reach_every_config_that_has_them():
     for words, match in (
         (("--beta", "-1"), "'beta' expects a number > 0"),
         (("--fsdp", "full_shard"), "'fsdp'.*not supported"),
-        (("--ld_alpha", "0.5"), "'ld_alpha'.*not supported"),
+        (("--padding_free",), "'padding_free'.*not supported"),
         (("--activation_checkpointing", "maybe"), "'gradient_checkpointing'"),
     ):
         with pytest.raises(ConfigError, match=match):
@@ -124,7 +124,7 @@ def test_help_names_every_option(capsys):
 def test_status_of_errors(capsys, monkeypatch):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "fastdpo: error: unknown command 'trian'; there are train, demo; did you mean 'train'?\n"
+        "fastdpo: error: unknown command 'trian'; there are train, precompute, cache, demo; did you mean 'train'?\n"
     )
 
     def interrupted(argv):
