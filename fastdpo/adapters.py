@@ -110,18 +110,42 @@ def is_untouched(model: PeftModel) -> bool:
     return bool(pairs) and all(any(factor.values()) for factor in pairs.values())
 
 
+def adapter_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that belong to `adapter`, by name."""
+    for name, parameter in model.named_parameters():
+        if re.search(rf"\.{re.escape(adapter)}(\.|$)", name):
+            yield name, parameter
+
+
 def copy_adapter(model: PeftModel) -> None:
     """Freezes a copy of the active adapter as the adapter `ref`, to serve as the reference."""
     (active,) = model.active_adapters
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    for name, parameter in model.named_parameters():
-        if f".{REFERENCE_ADAPTER}" in name:
-            source = model.get_parameter(
-                re.sub(rf"\.{REFERENCE_ADAPTER}(\.|$)", rf".{active}\1", name)
-            )
-            parameter.data.copy_(source.data)
-            parameter.requires_grad_(False)
+    overwrite_adapter(model, active)
     model.set_adapter(active)
+    for parameter, flag in trained:
+        parameter.requires_grad_(flag)
+
+
+def overwrite_adapter(model: PeftModel, source: str) -> None:
+    """Gives `ref` the tensors of adapter `source`, bit for bit."""
+    for name, parameter in adapter_parameters(model, REFERENCE_ADAPTER):
+        own = model.get_parameter(re.sub(rf"\.{REFERENCE_ADAPTER}(\.|$)", rf".{source}\1", name))
+        parameter.data = own.data.clone()  # its dtype too, which PEFT computes in
+        parameter.requires_grad_(False)
+
+
+def check_biases(model: PeftModel) -> None:
+    """Raises `ModelError` where an adapter trains biases of the base model, which no switching
+    off takes back: the reference would move with the policy."""
+    for name, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise ModelError(
+                f"adapter {name!r} has bias={bias!r}: it trains biases of the base model, so the "
+                "reference would change with the policy; use bias='none', or pass a ref_model"
+            )
 
 
 @contextmanager
@@ -132,8 +156,11 @@ def reference_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
             yield
         return
     (active,) = model.active_adapters
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.set_adapter(name)
     try:
         yield
     finally:
-        model.set_adapter(active)  # which freezes `name` again: an inactive adapter has no grad
+        model.set_adapter(active)
+        for parameter, flag in trained:  # set_adapter makes all of an adapter trainable
+            parameter.requires_grad_(flag)

@@ -156,11 +156,17 @@ class ModelConfig:
     load_in_4bit: bool = option(False, "Hold the frozen base in 4 bits (bitsandbytes): QLoRA.")
     bnb_4bit_quant_type: str = option("nf4", "Format of the 4 bits.", ("fp4", "nf4"))
     use_bnb_nested_quant: bool = option(False, "Quantize the 4-bit constants as well.")
+    ref_model_name_or_path: str | None = option(
+        None, "A folder or hub name: a reference other than the policy as it starts."
+    )
+    ref_load_in_4bit: bool = option(False, "Hold that reference in 4 bits (bitsandbytes).")
 
     def __post_init__(self) -> None:
         check_fields(self, ModelConfig)
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("'load_in_8bit' and 'load_in_4bit' exclude each other; keep one")
+        if self.ref_load_in_4bit and self.ref_model_name_or_path is None:
+            raise ConfigError("'ref_load_in_4bit' needs a reference model: ref_model_name_or_path")
         for name in ("load_in_8bit", "load_in_4bit"):
             if getattr(self, name) and not self.use_peft:
                 raise ConfigError(

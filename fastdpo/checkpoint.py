@@ -1,7 +1,8 @@
 """Checkpoints and output folders: written whole or not at all, resumed bit for bit.
 
 A checkpoint is a folder `checkpoint-STEP`: the model or adapter in its library's own format, and
-`optimizer.pt`, `scheduler.pt`, `rng_state.pt`, `trainer_state.json`, `fastdpo_state.json`.
+`optimizer.pt`, `scheduler.pt`, `rng_state.pt`, `trainer_state.json`, `fastdpo_state.json`, and
+`reference.pt` where the reference moves with the policy.
 """
 
 import hashlib
@@ -40,6 +41,7 @@ class ResumeState:
     rng: dict[str, Any]
     metric_sums: torch.Tensor
     identity: dict[str, Any]
+    reference: dict[str, Any] | None = None  # where it moves with the policy
 
 
 def prepare_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
@@ -119,6 +121,8 @@ def save_checkpoint(
         torch.save(state.optimizer, temporary / "optimizer.pt")
         torch.save(state.scheduler, temporary / "scheduler.pt")
         torch.save({**state.rng, "metric_sums": state.metric_sums}, temporary / "rng_state.pt")
+        if state.reference is not None:
+            torch.save(state.reference, temporary / "reference.pt")
         state.trainer_state.save_to_json(str(temporary / "trainer_state.json"))
         files = {path.name: _digest(path) for path in temporary.iterdir() if path.is_file()}
         summary = {"identity": state.identity, "sha256": files}
@@ -154,6 +158,11 @@ def load_checkpoint(folder: Path) -> ResumeState:
             metric_sums=rng.pop("metric_sums"),
             rng=rng,
             identity=summary["identity"],
+            reference=(
+                torch.load(folder / "reference.pt", map_location="cpu")
+                if "reference.pt" in summary["sha256"]
+                else None
+            ),
         )
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(
@@ -178,9 +187,11 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path)
 
 
 def fingerprint(pairs: TokenizedPairs) -> str:
-    """A hash of every token id of `pairs`, in order."""
+    """A hash of every token id of `pairs`, in order, and of the numbers that losses use."""
     digest = hashlib.sha256(pairs.offsets.tobytes())
     digest.update(pairs.ids.tobytes())
+    for name, values in sorted(pairs.columns.items()):
+        digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -33,16 +33,19 @@ from .unsupported import ALIASES, TRL_NEUTRAL
 
 if TYPE_CHECKING:
     from .config import DPOConfig
+    from .trainer import DPOTrainer
 
 USAGE = f"""\
 fastdpo {__version__}: preference training (DPO) on one GPU
 
   fastdpo train [CONFIG.yaml | {RECIPE}NAME] [--option value …]   train; flags win over the file
   fastdpo train --help                                          every option, with its default
+  fastdpo precompute CONFIG.yaml --ref_cache_dir DIR            the reference of `train`, once
+  fastdpo cache info|verify|prune DIR                           what such a folder holds
   fastdpo demo [--output_dir DIR]                               a run of a few minutes on a CPU
   fastdpo --version
 """
-COMMANDS = ("train", "demo")
+COMMANDS = ("train", "precompute", "cache", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +80,15 @@ def _run(argv: list[str]) -> int:
         from .demo import main as demo
 
         return demo(rest)
+    if command == "cache":
+        from .cache_cli import main as cache
+
+        return cache(rest)
     if {"-h", "--help"} & set(rest):
         print("\n".join(help_lines()))
         return 0
-    run_train(*build_configs(parse_arguments(rest)))
+    run = run_precompute if command == "precompute" else run_train
+    run(*build_configs(parse_arguments(rest)))
     return 0
 
 
@@ -235,14 +243,9 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
     Raises `FastDPOError` for what the user can mend; nothing is overwritten unasked.
     """
     from . import checkpoint
-    from .adapters import lora_config
-    from .data import load_dataset_split
-    from .model import load_model, load_tokenizer
-    from .trainer import DPOTrainer
 
     is_main = config.process_index == 0
-    _show_progress(logging.INFO if is_main else logging.WARNING)
-    assert config.output_dir is not None and script.dataset_name is not None
+    assert config.output_dir is not None
     output_dir = Path(config.output_dir)
     resume = config.resume_from_checkpoint
     if resume:
@@ -251,6 +254,42 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
         # Where it is set, the trainer clears the folder once all else is loaded.
         checkpoint.prepare_output_dir(output_dir, resuming=False, overwrite=False)
 
+    trainer = _make_trainer(script, model, config)
+    trainer.train()
+    metrics = trainer.evaluate() if trainer.eval_pairs else {}
+    trainer.save_model()
+    if is_main:
+        print("\n".join(_summary(output_dir, trainer.state.global_step, metrics)))
+
+
+def run_precompute(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") -> None:
+    """Fills `ref_cache_dir` with what a training run of these options would compute first.
+
+    Raises `FastDPOError` for what the user can mend. Interrupted, it goes on where it was.
+    """
+    if config.ref_cache_dir is None:
+        raise ConfigError(
+            "`fastdpo precompute` fills a folder for later runs: name it with --ref_cache_dir"
+        )
+    trainer = _make_trainer(script, model, config)
+    if config.process_index == 0:
+        for name, done in trainer.precomputations.items():
+            print(
+                f"{name}: {done.n_responses} responses, {done.n_found} of them found; "
+                f"{done.n_computed} of {done.n_packs} packs computed"
+            )
+        print(f"  {config.ref_cache_dir}  what `fastdpo train --ref_cache_dir` reads")
+
+
+def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") -> "DPOTrainer":
+    """Loads data and models; the reference is computed here where it is computed first."""
+    from .adapters import lora_config
+    from .data import load_dataset_split
+    from .model import load_model, load_ref_model, load_tokenizer
+    from .trainer import DPOTrainer
+
+    _show_progress(logging.INFO if config.process_index == 0 else logging.WARNING)
+    assert script.dataset_name is not None
     splits = [script.dataset_train_split]
     if config.eval_strategy != "no" or config.eval_on_start:
         splits.append(script.dataset_test_split)
@@ -259,8 +298,9 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
         for split in splits
     )
     tokenizer = load_tokenizer(model)
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=load_model(model, config),
+        ref_model=load_ref_model(model, config),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_datasets[0] if eval_datasets else None,
@@ -268,11 +308,6 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
         peft_config=lora_config(model),
         callbacks=[_config_writer(script, model, config)],
     )
-    trainer.train()
-    metrics = trainer.evaluate() if eval_datasets else {}
-    trainer.save_model()
-    if is_main:
-        print("\n".join(_summary(output_dir, trainer.state.global_step, metrics)))
 
 
 def _show_progress(level: int) -> None:

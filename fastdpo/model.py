@@ -5,6 +5,7 @@ Nothing here decides how a model trains: see adapters.py, reference_logps.py and
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,22 @@ def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftMo
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     return load_pretrained(config.model_name_or_path, args.device, **kwargs)
+
+
+def load_ref_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftModel | None:
+    """The model named by `config.ref_model_name_or_path`, loaded as the policy is but for its own
+    quantization; None where none is named."""
+    if config.ref_model_name_or_path is None:
+        return None
+    kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
+    kwargs.setdefault("trust_remote_code", config.trust_remote_code)
+    if config.dtype is not None:
+        kwargs.setdefault("dtype", config.dtype)
+    own = replace(config, use_peft=True, load_in_4bit=config.ref_load_in_4bit, load_in_8bit=False)
+    quantization = quantization_config(own)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    return load_pretrained(config.ref_model_name_or_path, args.device, **kwargs)
 
 
 def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTrainedModel | PeftModel:

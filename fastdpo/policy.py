@@ -5,6 +5,7 @@ copy, binds the packed forward (logps.py) and switches gradient checkpointing on
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,18 @@ from .adapters import add_adapter
 from .batch import Pack
 from .config import DPOConfig
 from .errors import ConfigError, ModelError
-from .logps import PackedForwardInfo, prepare_packed_forward
+from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
 from .model import base_model, disable_dropout, is_quantized
-from .reference_logps import LiveReference, make_reference, reference_kind
+from .reference_cache import ReferenceCache
+from .reference_key import about_reference, describe_reference
+from .reference_logps import (
+    LiveReference,
+    NoReference,
+    make_reference,
+    reference_kind,
+    refuse_reference_options,
+)
+from .reference_sync import check_can_follow
 from .runtime import broadcast_from_rank_0
 
 logger = logging.getLogger(__name__)
@@ -35,8 +45,12 @@ class PackForward:
         return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
 
     def __call__(self, model: nn.Module, pack: Pack) -> torch.Tensor:
+        return self.with_stats(model, pack, ()).token_logps
+
+    def with_stats(self, model: nn.Module, pack: Pack, stats: Sequence[str]) -> PackedOutput:
+        """token_logps [N] and those `stats` of `linear_logps`."""
         with self.autocast():
-            return model(pack=pack).token_logps
+            return model(pack=pack, token_stats=stats)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Models:
     reference: LiveReference
     forward: PackForward
     packed: PackedForwardInfo
+    packed_reference: PackedForwardInfo
 
 
 def prepare_models(
@@ -54,6 +69,8 @@ def prepare_models(
     ref_model: PreTrainedModel | PeftModel | None,
     peft_config: PeftConfig | None,
     args: DPOConfig,
+    *,
+    needs_reference: bool = True,
 ) -> Models:
     """Raises `ConfigError` for options that contradict, `ModelError` for what a model can't do."""
     if peft_config is not None:
@@ -71,23 +88,47 @@ def prepare_models(
     broadcast_from_rank_0(p for p in policy.parameters() if p.requires_grad)
 
     forward = PackForward(args.device.type, bool(args.bf16))
-    reference = make_reference(
-        reference_kind(args, policy, ref_model),
-        forward=forward,
-        model=policy,
-        ref_model=ref_model,
-        for_precompute=args.precompute_ref_log_probs,
-    )
-    packed = _bind(policy, args, forward, args.packing_mode)
+    if needs_reference:
+        reference = make_reference(
+            reference_kind(args, policy, ref_model),
+            forward=forward,
+            model=policy,
+            ref_model=ref_model,
+            for_precompute=args.computes_reference_first,
+        )
+    else:
+        refuse_reference_options(args, ref_model)
+        reference = NoReference(policy)
+    if args.sync_ref_model:
+        check_can_follow(reference, policy, args.ref_model_mixup_alpha)
+    packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
     if reference.model is not policy:
         _place(reference.model, args.device)
-        _bind(reference.model, args, forward, packed.mode)
+        packed_reference = _bind(reference.model, args, forward, packed.mode)
     if args.gradient_checkpointing:
         _checkpoint_activations(policy, {"use_reentrant": False, **_kwargs_of(args)})
     logger.info(
         "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
     )
-    return Models(policy, reference, forward, packed)
+    return Models(policy, reference, forward, packed, packed_reference)
+
+
+def open_reference_cache(
+    reference: LiveReference, packed: PackedForwardInfo, args: DPOConfig
+) -> ReferenceCache:
+    """The part of `args.ref_cache_dir` that belongs to this very reference, hashed here."""
+    assert args.ref_cache_dir is not None
+    description = describe_reference(
+        reference.model,
+        reference.adapters,
+        packed,
+        bf16=bool(args.bf16),
+        tf32=bool(args.tf32) and args.device.type == "cuda",
+    )
+    about = about_reference(reference.model, reference.name)
+    cache = ReferenceCache(args.ref_cache_dir, description, about)
+    logger.info("reference cache: %s of %s", cache.name, args.ref_cache_dir)
+    return cache
 
 
 def _place(model: nn.Module, device: torch.device) -> None:

@@ -49,7 +49,11 @@ def response_key(prompt: np.ndarray, response: np.ndarray) -> bytes:
 
 def content_hash(description: dict[str, Any]) -> str:
     """The name that a reference of this description has: 32 hexadecimal digits."""
-    text = json.dumps(description, sort_keys=True, default=str)
+
+    def plain(value: Any) -> Any:  # a set has no order of its own
+        return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+    text = json.dumps(description, sort_keys=True, default=plain)
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"fastdpo-ref").hexdigest()
 
 

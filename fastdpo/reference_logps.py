@@ -1,33 +1,33 @@
-"""Where the reference's log-probs come from: adapters off, a frozen model, or computed before.
+"""Where the reference's log-probs come from: adapters off, another adapter, a frozen model, none.
 
-`make_reference` chooses and says why; every kind answers `token_logps(packs)`, one fp32 tensor
-[N] a pack, aligned with the pack's targets. Reference forwards never build a graph.
+`make_reference` makes what `reference_kind` chose; every kind answers `token_logps(packs)`, one
+fp32 tensor [N] a pack, aligned with the pack's targets. Reference forwards never build a graph.
+Computed ahead and kept on disk: precompute.py. Moved during training: reference_sync.py.
 """
 
 import contextlib
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import REFERENCE_ADAPTER, copy_adapter, is_untouched, reference_adapter
+from .adapters import (
+    REFERENCE_ADAPTER,
+    adapter_parameters,
+    check_biases,
+    copy_adapter,
+    is_untouched,
+    reference_adapter,
+)
 from .batch import Pack
 from .config import DPOConfig
-from .data import TokenizedPairs
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, did_you_mean
 from .model import base_model, disable_dropout, is_quantized
-from .steps import Packer
-
-logger = logging.getLogger(__name__)
-
 
 PackForward = Callable[[nn.Module, Pack], torch.Tensor]  # (model, pack) -> token_logps [N]
 
@@ -38,14 +38,17 @@ class Reference(Protocol):
     name: str
     equals_initial_policy: bool
 
-    def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]: ...
+    def token_logps(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor | None]: ...
 
 
 class LiveReference(Reference, Protocol):
-    """A reference that asks a model when it is asked."""
+    """A reference that asks a model when it is asked, under its `adapters` (none: all off)."""
 
     @property
     def model(self) -> nn.Module: ...
+
+    @property
+    def adapters(self) -> Sequence[str]: ...
 
 
 @dataclass
@@ -57,6 +60,10 @@ class AdapterReference:
     adapter: str | None
     equals_initial_policy: bool
     name: str = "adapters_off"
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        return () if self.adapter is None else (self.adapter,)
 
     @torch.no_grad()
     def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
@@ -74,55 +81,44 @@ class ModelReference:
     equals_initial_policy: bool
     name: str = "model"
 
+    @property
+    def adapters(self) -> Sequence[str]:
+        return self.model.active_adapters if isinstance(self.model, PeftModel) else ()
+
     @torch.no_grad()
     def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
         with evaluating(self.model):
             return [self.forward(self.model, pack) for pack in packs]
 
 
-class PrecomputedReference:
-    """Per-token fp32 log-probs of a whole dataset, held on the host. 4 bytes a response token.
+@dataclass
+class NoReference:
+    """For losses that read none: answers None. `model` is the policy, which is not asked."""
 
-    `logps [total]` holds, pair after pair, the scored tokens of chosen, then of rejected;
-    response `2 * pair_id + side` occupies `starts[...] : starts[... + 1]`.
-    """
+    model: nn.Module
+    equals_initial_policy: bool = False
+    name: str = "none"
+    adapters: Sequence[str] = ()
 
-    name = "precompute"
+    def token_logps(self, packs: Sequence[Pack]) -> list[None]:
+        return [None] * len(packs)
 
-    def __init__(self, pairs: TokenizedPairs, source: Reference):
-        lengths = np.diff(pairs.offsets).reshape(-1, 3)  # [n, 3]: prompt, chosen, rejected
-        # Behind an empty prompt nothing predicts a response's first token: it is not scored.
-        unscored = (lengths[:, :1] == 0) & (lengths[:, 1:] > 0)
-        scored = lengths[:, 1:] - unscored
-        self.starts = np.concatenate([[0], np.cumsum(scored.reshape(-1))])
-        self.logps = np.full(self.starts[-1], np.nan, dtype=np.float32)
-        self.equals_initial_policy = source.equals_initial_policy
 
-    def store(self, pack: Pack, token_logps: torch.Tensor) -> None:
-        """Keeps `token_logps [N]` of `pack` for every pair in it."""
-        values = token_logps.float().cpu().numpy()
-        bounds = pack.cu_responses.tolist()
-        for pair_id, responses in zip(pack.pair_ids.tolist(), pack.pairs.tolist(), strict=True):
-            for side, response in enumerate(responses):
-                at = self._at(pair_id, side)
-                self.logps[at] = values[bounds[response] : bounds[response + 1]]
-
-    def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
-        return [self._of_pack(pack) for pack in packs]
-
-    def _of_pack(self, pack: Pack) -> torch.Tensor:
-        parts = [self.logps[self._at(pair_id, side)] for pair_id, side in pack.responses]
-        values = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
-        if np.isnan(values).any():
-            raise ModelError(
-                f"the reference gave no finite log-prob for a response of pairs "
-                f"{pack.pair_ids.tolist()}; check the reference model's weights and dtype"
+def refuse_reference_options(args: DPOConfig, ref_model: object) -> None:
+    """Raises `ConfigError` for a reference that was asked for though no loss reads it."""
+    asked = {
+        "ref_model": ref_model is not None,
+        "reference": args.reference != "auto",
+        "precompute_ref_log_probs": args.precompute_ref_log_probs,
+        "ref_cache_dir": args.ref_cache_dir is not None,
+        "sync_ref_model": args.sync_ref_model,
+    }
+    for option, given in asked.items():
+        if given:
+            raise ConfigError(
+                f"{option!r} is set, and loss_type {', '.join(args.loss_type)} reads no reference; "
+                "leave it out"
             )
-        return torch.from_numpy(values).to(pack.targets.device, non_blocking=True)
-
-    def _at(self, pair_id: int, side: int) -> slice:
-        index = 2 * pair_id + side
-        return slice(self.starts[index], self.starts[index + 1])
 
 
 @contextlib.contextmanager
@@ -136,28 +132,10 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
-def precompute(
-    source: Reference,
-    pairs: TokenizedPairs,
-    packer: Packer,
-    *,
-    description: str,
-    progress: bool,
-) -> PrecomputedReference:
-    """Runs `source` over all of `pairs`, forward only, in packs planned from the dataset alone."""
-    result = PrecomputedReference(pairs, source)
-    with tqdm(total=len(pairs), desc=description, unit="pair", disable=not progress) as bar:
-        for pack in packer.packs(pairs, np.arange(len(pairs))):
-            (token_logps,) = source.token_logps([pack])
-            result.store(pack, token_logps)
-            bar.update(len(pack.pair_ids))
-    return result
-
-
 def reference_kind(
     args: DPOConfig, model: PreTrainedModel | PeftModel, ref_model: nn.Module | None
 ) -> str:
-    """Which reference to use: `model`, `adapters_off`, `adapter` or `copy`.
+    """Which reference to use: `model`, `copy`, `adapters_off`, `adapter copy` or `adapter:NAME`.
 
     Raises `ConfigError` where the options and the models leave more than one reading.
     """
@@ -173,24 +151,61 @@ def reference_kind(
         return "model"
     if kind == "model":
         raise ConfigError("reference='model' needs a ref_model, and none was given")
-    if not isinstance(model, PeftModel):
-        if kind == "adapters_off":
-            raise ConfigError(
-                "reference='adapters_off' needs an adapter, and the model has none; pass "
-                "peft_config (--use_peft), or use reference='copy'"
-            )
-        return "copy"
-    if REFERENCE_ADAPTER in model.peft_config and kind in ("auto", "copy"):
-        return "adapter"
-    if kind == "copy":
-        return "adapter"
-    if kind == "auto" and not is_untouched(model):
+    if isinstance(model, PeftModel):
+        return _kind_with_adapters(kind, model, args.sync_ref_model)
+    if kind not in ("auto", "copy"):
         raise ConfigError(
-            "the model carries an adapter that was trained before, so its reference is ambiguous: "
-            "set reference='copy' for the adapter as it is now, 'adapters_off' for the bare base "
-            f"model, or name a frozen adapter {REFERENCE_ADAPTER!r}"
+            f"reference={kind!r} needs an adapter, and the model has none; pass "
+            "peft_config (--use_peft), or use reference='copy'"
         )
-    return "adapters_off"
+    return "copy"
+
+
+def _kind_with_adapters(kind: str, model: PeftModel, moves: bool) -> str:
+    if len(model.active_adapters) != 1:
+        raise ConfigError(
+            f"the model has {len(model.active_adapters)} active adapters "
+            f"({', '.join(model.active_adapters)}), and one is trained; choose it with "
+            "model.set_adapter(name)"
+        )
+    (trained,) = model.active_adapters
+    others = [name for name in model.peft_config if name != trained]
+    named = f"adapter:{REFERENCE_ADAPTER}"
+    copies = kind == "copy" or moves  # what moves is a copy
+    if kind.startswith("adapter:"):
+        return _named_adapter(kind, trained, others)
+    if copies and REFERENCE_ADAPTER in others:
+        raise ConfigError(
+            f"the copy of adapter {trained!r} would be called {REFERENCE_ADAPTER!r}, and the model "
+            f"has an adapter of that name; use reference={named!r} (without sync_ref_model) to "
+            "take that one, or delete it with model.delete_adapter"
+        )
+    if kind == "auto" and REFERENCE_ADAPTER in others:
+        return named
+    if kind == "auto" and not is_untouched(model):
+        also = "".join(f", {f'adapter:{name}'!r} for that adapter" for name in others)
+        raise ConfigError(
+            f"adapter {trained!r} was trained before, so its reference is ambiguous: set "
+            "reference='copy' for the adapter as it is now, 'adapters_off' for the bare base "
+            f"model{also}"
+        )
+    return "adapter copy" if copies else "adapters_off"
+
+
+def _named_adapter(kind: str, trained: str, others: list[str]) -> str:
+    name = kind.removeprefix("adapter:")
+    if name == trained:
+        raise ConfigError(
+            f"reference={kind!r} names the adapter that is trained; use reference='copy' for what "
+            "it is now"
+        )
+    if name not in others:
+        choices = f"it has {', '.join(others)}" if others else f"it has {trained!r} alone"
+        raise ConfigError(
+            f"reference={kind!r}: the model has no such adapter besides the trained one; {choices}"
+            f"{did_you_mean(name, others)}"
+        )
+    return kind
 
 
 def make_reference(
@@ -220,12 +235,16 @@ def make_reference(
         freeze(frozen)
         return ModelReference(forward, frozen, equals_initial_policy=True, name="copy")
     assert isinstance(model, PeftModel)
-    if kind == "adapter":
-        fresh = REFERENCE_ADAPTER not in model.peft_config
-        if fresh:
-            copy_adapter(model)
-        return AdapterReference(forward, model, REFERENCE_ADAPTER, fresh, name="adapter 'ref'")
-    return AdapterReference(forward, model, None, is_untouched(model))
+    check_biases(model)
+    if kind == "adapters_off":
+        return AdapterReference(forward, model, None, is_untouched(model))
+    if kind == "adapter copy":
+        copy_adapter(model)
+        return AdapterReference(forward, model, REFERENCE_ADAPTER, True, name="copy of the adapter")
+    name = kind.removeprefix("adapter:")
+    for _, parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(False)
+    return AdapterReference(forward, model, name, False, name=kind)
 
 
 def freeze(model: nn.Module) -> None:

@@ -32,6 +32,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
 
 
+def rank_of_ranks() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) outside a distributed run."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks; `tensor` itself where there is one rank."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -41,10 +41,14 @@ class Packer:
     def packs(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> Iterator[Pack]:
         """The packs that hold `pair_ids`, one at a time."""
         for ids in self.plan(pairs, pair_ids):
-            pack = build_pack(pairs, ids, mode=self.mode)
-            if self.device.type == "cuda":
-                pack = pack.pin_memory().to(self.device, non_blocking=True)
-            yield pack
+            yield self.pack(pairs, ids)
+
+    def pack(self, pairs: TokenizedPairs, pair_ids: list[int]) -> Pack:
+        """One pack of a plan, on the device."""
+        pack = build_pack(pairs, pair_ids, mode=self.mode)
+        if self.device.type == "cuda":
+            pack = pack.pin_memory().to(self.device, non_blocking=True)
+        return pack
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,13 @@ class StepPacks:
 
     packs: list[Pack]
     n_pairs: int  # over all ranks: what the loss is divided by
+    mean_chosen_length: float  # scored tokens, over the pairs of all ranks
     stats: PackStats
+
+
+def mean_chosen_length(pairs: TokenizedPairs, pair_ids: np.ndarray) -> float:
+    """Scored tokens of the chosen responses, a mean over `pair_ids`."""
+    return float(pairs.scored_lengths[pair_ids, 0].mean())
 
 
 class StepPlan:
@@ -92,6 +102,11 @@ class StepPlan:
             for pair_ids in order:
                 mine = pair_ids[args.process_index :: args.world_size]
                 packs = list(self.packer.packs(self.pairs, mine))
-                yield StepPacks(packs, len(pair_ids), stats_of_step(self.pairs, packs))
+                yield StepPacks(
+                    packs,
+                    n_pairs=len(pair_ids),
+                    mean_chosen_length=mean_chosen_length(self.pairs, pair_ids),
+                    stats=stats_of_step(self.pairs, packs),
+                )
 
         return prefetch(make) if self.packer.device.type == "cuda" else make()

@@ -8,6 +8,7 @@ checkpoints are each in a module of their own.
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,28 +27,24 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from fastdpo_kernels import PreferenceOutput, preference_loss
-
 from . import checkpoint as ckpt
 from .batch import Pack
 from .config import DPOConfig
 from .data import TokenizedPairs, tokenize_pairs
+from .data_columns import require_columns
 from .errors import CheckpointError, ConfigError, DataError, ModelError
-from .metrics import MetricsFile, PackStats, PreferenceMetrics, Throughput
+from .logps import PackedForwardInfo
+from .metrics import TOKEN_STATS, MetricsFile, PackStats, PreferenceMetrics, Throughput
 from .model import base_model, load_pretrained, load_pretrained_tokenizer, load_weights
+from .objective import Objective, PackLoss, ScoredPack, number_columns
 from .optim import make_optimizer, make_scheduler
-from .policy import prepare_models
-from .reference_logps import (
-    LiveReference,
-    ModelReference,
-    PrecomputedReference,
-    Reference,
-    evaluating,
-    precompute,
-)
+from .policy import open_reference_cache, prepare_models
+from .precompute import Precomputation, PrecomputedReference, precompute
+from .reference_logps import LiveReference, ModelReference, Reference, evaluating
+from .reference_sync import follow, load_reference_state, reference_state
 from .report import plot_curves
 from .runtime import make_deterministic, peak_memory_gib, sum_gradients_over_ranks, sum_over_ranks
-from .steps import Packer, StepPacks, StepPlan
+from .steps import Packer, StepPacks, StepPlan, mean_chosen_length
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,8 @@ class DPOTrainer:
 
     Args:
         model: a folder or hub name, a transformers causal language model, or a PEFT model.
-        ref_model: the reference; by default the policy's initial state (`args.reference`).
+        ref_model: the reference, a model or its name; by default the policy's initial state
+            (`args.reference`).
         args: a `DPOConfig`; TRL's names.
         train_dataset: a `datasets.Dataset`, a list of dicts, or `TokenizedPairs`.
         eval_dataset: the same, or a dict of them by name.
@@ -74,7 +72,7 @@ class DPOTrainer:
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | PeftModel | None = None,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -91,6 +89,7 @@ class DPOTrainer:
         self.output_dir = Path(self.args.output_dir or "dpo_output")
         if train_dataset is None and eval_dataset is None:
             raise DataError("train_dataset is required (or eval_dataset, to evaluate only)")
+        self.objective = Objective(self.args)
         if self.args.deterministic:
             make_deterministic()
         set_seed(self.args.seed)  # an adapter's first weights are random
@@ -101,6 +100,8 @@ class DPOTrainer:
         else:
             name = base_model(model).config._name_or_path
             self._refuse_load_options(quantization_config)
+        if isinstance(ref_model, str):
+            ref_model = self._load(ref_model, None)
         if processing_class is None and _needs_tokenizer(train_dataset, eval_dataset):
             if not name:
                 raise ConfigError(
@@ -116,11 +117,17 @@ class DPOTrainer:
             key: self._tokenize(dataset, key or "eval")
             for key, dataset in _by_name(eval_dataset).items()
         }
-        models = prepare_models(model, ref_model, peft_config, self.args)
+        models = prepare_models(
+            model,
+            ref_model,
+            peft_config,
+            self.args,
+            needs_reference=self.objective.needs_reference,
+        )
         self.model, self.packed_forward = models.policy, models.packed
         self._forward, self._reference_name = models.forward, models.reference.name
         self.packer = Packer(models.packed.mode, self.args.max_tokens_per_pack, self.device)
-        self._prepare_references(models.reference)
+        self._prepare_references(models.reference, models.packed_reference)
 
         self.optimizer, self.lr_scheduler = optimizers
         self.state = TrainerState(
@@ -140,7 +147,7 @@ class DPOTrainer:
             self.lr_scheduler,
         )
         self.pack_stats = PackStats()
-        self.metrics = PreferenceMetrics(self.device)
+        self.metrics = self._new_metrics()
         self.metrics_file: MetricsFile | None = None
         self.control = self._event("on_init_end")
 
@@ -164,7 +171,9 @@ class DPOTrainer:
             )
 
     def _tokenize(self, dataset: Any, name: str) -> TokenizedPairs:
+        wanted = number_columns(self.args)
         if isinstance(dataset, TokenizedPairs):
+            require_columns(wanted, list(dataset.columns), name)
             return dataset
         pairs, report = tokenize_pairs(
             dataset,
@@ -175,18 +184,26 @@ class DPOTrainer:
             num_proc=self.args.dataset_num_proc,
             name=name,
             progress=not self.args.disable_tqdm,
+            number_columns=wanted,
         )
         for line in report.lines():
             logger.info(line)
         return pairs
 
-    def _prepare_references(self, live: LiveReference) -> None:
+    def _new_metrics(self) -> PreferenceMetrics:
+        return PreferenceMetrics(self.device, token_stats=self.args.log_token_stats)
+
+    def _prepare_references(self, live: LiveReference, packed: PackedForwardInfo) -> None:
         """One reference a dataset: the live one, or its values computed now."""
-        if not self.args.precompute_ref_log_probs:
+        self.reference_cache = None
+        self.precomputations: dict[str, Precomputation] = {}
+        if not self.args.computes_reference_first:
             self.live_reference: LiveReference | None = live
             self.train_reference: Reference = live
             self.eval_references: dict[str, Reference] = dict.fromkeys(self.eval_pairs, live)
             return
+        if self.args.ref_cache_dir is not None:
+            self.reference_cache = open_reference_cache(live, packed, self.args)
         if self.train_pairs is not None:
             self.train_reference = self._precompute(live, self.train_pairs, "train")
         self.eval_references = {
@@ -199,41 +216,38 @@ class DPOTrainer:
     def _precompute(
         self, live: LiveReference, pairs: TokenizedPairs, name: str
     ) -> PrecomputedReference:
-        return precompute(
+        reference = precompute(
             live,
             pairs,
             self.packer,
+            cache=self.reference_cache,
             description=f"Reference log-probs of {name}",
             progress=not self.args.disable_tqdm,
         )
+        self.precomputations[name] = reference.precomputation
+        return reference
 
     # ---- the training step ------------------------------------------------------------------
 
-    def _loss(
-        self, token_logps: torch.Tensor, pack: Pack, ref_token_logps: torch.Tensor
-    ) -> PreferenceOutput:
-        return preference_loss(
-            token_logps,
-            pack.cu_responses,
-            pack.pairs,
-            ref_token_logps=ref_token_logps,
-            beta=self.args.beta,
-            loss_type=self.args.loss_type[0],
-            label_smoothing=self.args.label_smoothing,
-        )
+    def _score(self, pack: Pack, reference: torch.Tensor | None) -> tuple[ScoredPack, torch.Tensor]:
+        """The policy on one pack: its log-probs apart from their graph, and with it [N]."""
+        stats = self.objective.stats + (TOKEN_STATS if self.args.log_token_stats else ())
+        output = self._forward.with_stats(self.model, pack, stats)
+        scored = ScoredPack(pack, output.token_logps.detach(), reference, output.stats)
+        return scored, output.token_logps
 
     def _train_step(self, step: StepPacks) -> None:
         """Gradients of one step, summed over its packs and ranks, clipped, and applied."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        ref_token_logps = self.train_reference.token_logps(step.packs)  # no graph
-        for pack, reference in zip(step.packs, ref_token_logps, strict=True):
-            token_logps = self._forward(self.model, pack)  # [N]
-            output = self._loss(token_logps, pack, reference)
-            if self._check_first_step:
-                self._compare_with_reference(output, pack, token_logps)
-            # Every backward adds a sum over pairs; dividing by the step's pairs makes the mean.
-            (output.losses.sum() / step.n_pairs).backward()
-            self.metrics.add(output, pack.pairs)
+        references = self.train_reference.token_logps(step.packs)  # no graph
+        if self.objective.needs_whole_step and len(step.packs) > 1:
+            self._backward_in_two_passes(step, references)
+        else:
+            for pack, reference in zip(step.packs, references, strict=True):
+                scored, token_logps = self._score(pack, reference)
+                (loss,) = self.objective([scored], step.mean_chosen_length, grad=True)
+                self._backward(token_logps, loss, step)
+                self._count(scored, loss)
         self._check_first_step = False
         sum_gradients_over_ranks(self.trainable)
         if self.args.max_grad_norm:
@@ -245,9 +259,37 @@ class DPOTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _compare_with_reference(
-        self, output: PreferenceOutput, pack: Pack, token_logps: torch.Tensor
+    def _backward(self, token_logps: torch.Tensor, loss: PackLoss, step: StepPacks) -> None:
+        """Adds a pack's gradient: a sum over pairs, over the step's pairs, which makes the mean."""
+        assert loss.token_grad is not None
+        token_logps.backward(loss.token_grad / step.n_pairs)
+
+    def _backward_in_two_passes(
+        self, step: StepPacks, references: Sequence[torch.Tensor | None]
     ) -> None:
+        """For a loss of the whole step: all packs' log-probs first, then each pack's gradient.
+
+        Memory stays that of one pack; the price is a second forward pass.
+        """
+        rng = None if self.args.disable_dropout else ckpt.rng_state()  # one dropout in both passes
+        with torch.no_grad():
+            scored = [
+                self._score(pack, reference)[0]
+                for pack, reference in zip(step.packs, references, strict=True)
+            ]
+        losses = self.objective(scored, step.mean_chosen_length, grad=True)
+        if rng is not None:
+            ckpt.set_rng_state(rng)
+        for one, loss in zip(scored, losses, strict=True):
+            self._backward(self._forward(self.model, one.pack), loss, step)
+            self._count(one, loss)
+
+    def _count(self, scored: ScoredPack, loss: PackLoss) -> None:
+        if self._check_first_step:
+            self._compare_with_reference(scored, loss)
+        self.metrics.add(loss, scored.pack, scored.stats)
+
+    def _compare_with_reference(self, scored: ScoredPack, loss: PackLoss) -> None:
         """Before the first update a reference that is the policy itself gives margins of 0.
 
         What may differ is rounding: token log-probs err by a few eps times their size, at random
@@ -255,9 +297,9 @@ class DPOTrainer:
         """
         dtype = torch.bfloat16 if self.args.bf16 else base_model(self.model).dtype
         eps = torch.finfo(dtype).eps
-        logratios = torch.cat([output.chosen_rewards, output.rejected_rewards]) / self.args.beta
-        lengths = pack.cu_responses.diff()[pack.pairs.T.reshape(-1)]
-        size = token_logps.detach().abs().mean().clamp(min=1.0)
+        logratios = torch.cat([loss.chosen_rewards, loss.rejected_rewards]) / self.args.beta
+        lengths = scored.pack.cu_responses.diff()[scored.pack.pairs.T.reshape(-1)]
+        size = scored.token_logps.abs().mean().clamp(min=1.0)
         excess = (logratios.abs() - 8 * eps * lengths.clamp(min=1).sqrt() * size).max()
         if excess > 0:
             worst = int(logratios.abs().argmax())
@@ -332,6 +374,7 @@ class DPOTrainer:
             self.control = self._event("on_step_begin")
             self._train_step(step)
             self.state.global_step += 1
+            self._move_reference()
             self.state.epoch = epoch + index / steps_per_epoch
             self.state.num_input_tokens_seen += step.stats.n_tokens
             self.pack_stats += step.stats
@@ -343,6 +386,13 @@ class DPOTrainer:
                 break
         self.control = self._event("on_epoch_end")
         self._log_evaluate_save()
+
+    def _move_reference(self) -> None:
+        """TR-DPO: every so many steps the reference takes a share of the policy."""
+        every = self.args.ref_model_sync_steps
+        if self.args.sync_ref_model and self.state.global_step % every == 0:
+            assert self.live_reference is not None
+            follow(self.live_reference, self.model, self.args.ref_model_mixup_alpha)
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log:
@@ -454,19 +504,27 @@ class DPOTrainer:
         live = self.live_reference
         if live is None:
             raise ConfigError(
-                "precompute_ref_log_probs let the reference model go after its last use; pass this "
-                "dataset as eval_dataset at construction"
+                "the reference was computed before training, and its model let go after its last "
+                "use; pass this dataset as eval_dataset at construction"
             )
-        if not self.args.precompute_ref_log_probs:
+        if not self.args.computes_reference_first:
             return live
         return self._precompute(live, pairs, name or "eval")
 
     def _evaluate_pairs(
         self, pairs: TokenizedPairs, reference: Reference, prefix: str
     ) -> dict[str, float]:
-        metrics = PreferenceMetrics(self.device)
+        metrics = self._new_metrics()
         batch = self.args.per_device_eval_batch_size * self.args.world_size
         started = time.perf_counter()
+        mean_length = mean_chosen_length(pairs, np.arange(len(pairs)))
+        waiting: list[ScoredPack] = []  # [N] each, where the loss needs all of them
+
+        def count(scored: list[ScoredPack]) -> None:
+            losses = self.objective(scored, mean_length, grad=False)
+            for one, loss in zip(scored, losses, strict=True):
+                metrics.add(loss, one.pack, one.stats)
+
         with evaluating(self.model):
             for start in tqdm(
                 range(0, len(pairs), batch),
@@ -477,10 +535,14 @@ class DPOTrainer:
                 ids = np.arange(start, min(start + batch, len(pairs)))
                 ids = ids[self.args.process_index :: self.args.world_size]
                 packs = list(self.packer.packs(pairs, ids))
-                ref_token_logps = reference.token_logps(packs)
-                for pack, ref in zip(packs, ref_token_logps, strict=True):
-                    output = self._loss(self._forward(self.model, pack), pack, ref)
-                    metrics.add(output, pack.pairs)
+                references = reference.token_logps(packs)
+                for pack, ref in zip(packs, references, strict=True):
+                    waiting.append(self._score(pack, ref)[0])
+                    if not self.objective.needs_whole_step:
+                        count(waiting)
+                        waiting.clear()
+            if waiting:
+                count(waiting)
         seconds = time.perf_counter() - started
         logs = {f"{prefix}_{key}": value for key, value in metrics.read().items()}
         logs[f"{prefix}_runtime"] = seconds
@@ -557,10 +619,18 @@ class DPOTrainer:
             rng=ckpt.rng_state(),
             metric_sums=metric_sums,
             identity=self._identity(),
+            reference=self._moving_reference(),
         )
         ckpt.save_checkpoint(folder, state, self.save_model)
         best = self.state.best_model_checkpoint
         ckpt.rotate(self.output_dir, self.args.save_total_limit, Path(best) if best else None)
+
+    def _moving_reference(self) -> dict[str, Any] | None:
+        """What a checkpoint must hold of a reference that moves with the policy."""
+        if not self.args.sync_ref_model or self.args.save_only_model:
+            return None
+        assert self.live_reference is not None
+        return reference_state(self.live_reference)
 
     def _resume(self, folder: Path) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
@@ -572,6 +642,9 @@ class DPOTrainer:
                 "optimizer to resume; start afresh with it as the model"
             )
         load_weights(self.model, folder)
+        if saved.reference is not None:
+            assert self.live_reference is not None
+            load_reference_state(self.live_reference, saved.reference)
         self.optimizer.load_state_dict(saved.optimizer)
         self.lr_scheduler.load_state_dict(saved.scheduler)
         self.state = saved.trainer_state
