@@ -61,7 +61,10 @@ SPECS: dict[str, LossSpec] = {
     ),
     "nca_pair": LossSpec("NCA, arXiv 2402.05369 sec. 4.1, for pairs"),
     "robust": LossSpec(
-        "robust DPO, arXiv 2403.00409 sec. 3.1", parameters=_SMOOTHED, f_divergence=True, margin=True
+        "robust DPO, arXiv 2403.00409 sec. 3.1",
+        parameters=_SMOOTHED,
+        f_divergence=True,
+        margin=True,
     ),
     "bco_pair": LossSpec("BCO, arXiv 2404.04656, for pairs and with a reward shift of 0"),
     "sppo_hard": LossSpec("SPPO, arXiv 2405.00675 eq. 4.7, P of the winner 1"),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
-from fastdpo_kernels import PreferenceOutput
+from fastdpo_kernels import TokenStats
 
 from .batch import Pack
 from .data import TokenizedPairs
+from .objective import PackLoss
+from .pair_logps import per_response
 from .runtime import sum_over_ranks
 
 # One column a metric, TRL's names. All are means over pairs.
@@ -25,6 +27,9 @@ NAMES = (
     "logps/chosen",
     "logps/rejected",
 )
+# With log_token_stats: means over tokens, of both responses, of chosen, of rejected, of chosen.
+TOKEN_NAMES = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
 
 
 class PreferenceMetrics:
@@ -33,41 +38,62 @@ class PreferenceMetrics:
     Two rows: since the last `reset`, and over the whole run.
     """
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, len(NAMES) + 2, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, *, token_stats: bool = False):
+        self.token_stats = token_stats
+        n_columns = 2 + len(NAMES) + (2 + len(TOKEN_NAMES) if token_stats else 0)
+        self.sums = torch.zeros(2, n_columns, dtype=torch.float64, device=device)
 
-    def add(self, output: PreferenceOutput, pairs: torch.Tensor) -> None:
-        """Adds one pack: `output` of the loss for `pairs [P, 2]`."""
-        chosen, rejected = output.chosen_rewards, output.rejected_rewards
-        logps = output.logps[pairs]  # [P, 2]
-        columns = (
+    def add(self, loss: PackLoss, pack: Pack, stats: TokenStats | None) -> None:
+        """Adds one pack; `stats`: of its tokens, read if made with `token_stats`."""
+        chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
+        columns = [
+            loss.losses,
+            torch.ones_like(chosen),
             chosen,
             rejected,
             chosen > rejected,
             chosen - rejected,
-            logps[:, 0],
-            logps[:, 1],
-            output.losses.detach(),
-            torch.ones_like(chosen),
-        )
+            loss.chosen_logps,
+            loss.rejected_logps,
+        ]
+        if self.token_stats:
+            assert stats is not None
+            columns += _token_columns(pack, stats)
         self.sums += torch.stack([column.double().sum() for column in columns])
 
     def read(self) -> dict[str, float]:
         """Means over all pairs of all ranks since the last reset; `loss` among them. One sync."""
-        *sums, loss, n_pairs = sum_over_ranks(self.sums[0].clone()).tolist()
+        loss, n_pairs, *sums = sum_over_ranks(self.sums[0].clone()).tolist()
         if n_pairs == 0:
             return {}
-        means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=True)}
+        means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=False)}
+        if self.token_stats:
+            n_chosen, n_rejected, *sums = sums[len(NAMES) :]
+            counts = (n_chosen + n_rejected, n_chosen, n_rejected, n_chosen)
+            for name, value, count in zip(TOKEN_NAMES, sums, counts, strict=True):
+                means[name] = value / max(count, 1)
         return {"loss": loss / n_pairs, **means}
 
     def run_loss(self) -> float:
         """The mean loss over all pairs of the run."""
-        *_, loss, n_pairs = sum_over_ranks(self.sums[1].clone()).tolist()
+        loss, n_pairs, *_ = sum_over_ranks(self.sums[1].clone()).tolist()
         return loss / n_pairs if n_pairs else float("nan")
 
     def reset(self) -> None:
         """Forgets the pairs since the last log; the run's sums go on."""
         self.sums[0].zero_()
+
+
+def _token_columns(pack: Pack, stats: TokenStats) -> list[torch.Tensor]:
+    """Scored tokens of chosen and rejected, then the sums that `TOKEN_NAMES` are means of."""
+    assert stats.entropy is not None and stats.mean_logits is not None
+    assert stats.is_top1 is not None
+    lengths = pack.cu_responses.diff()[pack.pairs]  # [P, 2]
+    entropy, logits, top1 = (
+        per_response(of, pack)[pack.pairs]
+        for of in (stats.entropy, stats.mean_logits, stats.is_top1)
+    )
+    return [lengths[:, 0], lengths[:, 1], entropy, logits[:, 0], logits[:, 1], top1[:, 0]]
 
 
 @dataclass
