@@ -124,7 +124,8 @@ def test_help_names_every_option(capsys):
 def test_status_of_errors(capsys, monkeypatch):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "fastdpo: error: unknown command 'trian'; there are train, precompute, cache, demo; did you mean 'train'?\n"
+        f"fastdpo: error: unknown command 'trian'; there are {', '.join(cli.COMMANDS)}; "
+        "did you mean 'train'?\n"
     )
 
     def interrupted(argv):
