@@ -7,12 +7,14 @@ left to the benchmarks. The Triton implementation has its own tests.
 import importlib
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo_kernels import impls, linear_logps, linear_logps_torch
 from fastdpo_kernels.impls import STATS
@@ -103,9 +105,8 @@ def test_near_certain_targets_keep_their_relative_precision():
     z = h @ w.T
     odds = (z - z.gather(1, at)).exp().scatter(1, at, 0)  # p_v / p_y for v != y
     want = -odds.sum(1).log1p()
-    want_grad = (odds[:, :, None] * (w[head.targets][:, None] - w)).sum(1) / (1 + odds.sum(1))[
-        :, None
-    ]
+    differences = w[head.targets][:, None] - w  # [N, V, D]
+    want_grad = (odds[:, :, None] * differences).sum(1) / (1 + odds.sum(1))[:, None]
     sure = want > -1e-8
     assert sure.sum() > 10 and want.max() > -1e-14
     # Two logits, each half an ulp of z and of the partial sums it passed through (|h| |w| = 112),
@@ -358,11 +359,9 @@ def test_inside_gradient_checkpointing():
     head = peaked_head(30, 16, 101)
     want = run(linear_logps, head, stats=())
     hidden = head.hidden.detach().requires_grad_()
-    logps = torch.utils.checkpoint.checkpoint(
-        linear_logps, hidden, head.weight, head.targets, use_reentrant=False
-    )
+    logps = checkpoint(linear_logps, hidden, head.weight, head.targets, use_reentrant=False)
     logps.backward(head.grad)
-    assert torch.equal(hidden.grad, want.d_hidden)
+    assert hidden.grad is not None and torch.equal(hidden.grad, want.d_hidden)
 
 
 def test_twice_gives_the_same_bits():
@@ -387,6 +386,7 @@ def test_statistics_leave_the_log_probs_as_they_are():
             head.hidden, head.weight, head.targets, stats=["entropy"], **transform
         )
         assert only.mean_logits is None and only.is_top1 is None
+        assert only.entropy is not None and stats.entropy is not None
         assert torch.equal(only.entropy, stats.entropy) and torch.equal(one, bare)
         assert not stats.entropy.requires_grad
 
@@ -441,6 +441,10 @@ def test_autocast_rounds_hidden_as_linear_would_and_nothing_else():
 # --- memory
 
 
+def _bytes(event: Any) -> int:
+    return event.nbytes()  # of a "[memory]" event: negative when freed
+
+
 def peak_bytes(run_it) -> int:
     """The largest sum of live allocations that `run_it` made, by the allocator's own account."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -448,7 +452,7 @@ def peak_bytes(run_it) -> int:
         run_it()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes = [(e.start_ns(), _bytes(e)) for e in events if e.name() == "[memory]"]
     live = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):
         live += change

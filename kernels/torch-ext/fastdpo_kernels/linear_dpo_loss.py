@@ -1,5 +1,4 @@
-"""`linear_dpo_loss`: from hidden states to a preference loss, with no logits in between. The
-drop-in for other trainers.
+"""`linear_dpo_loss`: hidden states to a preference loss, without logits. The drop-in for a trainer.
 
 It is `linear_logps` followed by `preference_loss`, and nothing else.
 """
@@ -29,34 +28,27 @@ def linear_dpo_loss(
     impl: str = "auto",
     workspace_bytes: int = 256 * 2**20,
 ) -> PreferenceOutput:
-    """Returns the preference losses of `pairs` of responses, given the rows that predict their
-    tokens.
+    """Returns the preference losses of `pairs` of responses, from the rows that predict them.
 
-    For a batch in the usual layout (chosen rows first, then rejected ones; labels -100 outside the
-    responses):
+    In a batch of the usual layout (chosen rows before rejected ones, -100 around the responses):
 
-        hidden = model.model(input_ids, attention_mask=mask).last_hidden_state[:, :-1]  # [2P, L, D]
-        labels = labels[:, 1:]                                                          # [2P, L]
+        hidden = model.model(input_ids, attention_mask=mask).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]  # [2P, L]
         scored = labels != -100
-        lengths = scored.sum(1)                                                         # [2P]
-        cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()         # [2P + 1]
-        pairs = torch.arange(len(lengths), device=labels.device).view(2, -1).T          # [P, 2]
+        lengths = scored.sum(1)  # [2P]
+        cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()  # [2P + 1]
+        pairs = torch.arange(len(lengths), device=labels.device).view(2, -1).T  # [P, 2]
         out = linear_dpo_loss(
             hidden[scored], model.lm_head.weight, labels[scored], cu_responses, pairs, ref_logps,
-            beta=0.1
-        )
+            beta=0.1)
         out.loss.backward()
 
-    with `ref_logps` [2P] from the same rows of the reference model: `out.logps`, or the sums of
-    `linear_logps`.
+    where `ref_logps` [2P] is the reference model's `out.logps` on the same rows.
 
     Args:
-        hidden: [N, D], the hidden row that predicts each token of each response, one response
-            after the other.
-        weight: [V, D], the LM head; also `bias` [V] and the logit transform `softcap`, `scale`,
-            `temperature`.
-        targets: [N] int64, the tokens themselves. All of them count: leave out rows that are not
-            to be scored.
+        hidden: [N, D], the row that predicts each token of each response, one after the other.
+        weight: [V, D], the LM head; its `bias` [V] and logit transform as in `linear_logps`.
+        targets: [N] int64, the tokens. All of them count: pass only the rows to be scored.
         cu_responses, pairs, ref_logps, ref_token_logps, beta, loss_type, label_smoothing: see
             `preference_loss`.
         impl, workspace_bytes: see `linear_logps`.

@@ -96,9 +96,8 @@ def preference_loss(
             token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
         )
         losses = result.losses
-        loss = losses.sum() / max(len(pairs), 1)
         return PreferenceOutput(
-            loss, losses, result.chosen_rewards, result.rejected_rewards, result.logps
+            _mean(losses), losses, result.chosen_rewards, result.rejected_rewards, result.logps
         )
     implementation = importlib.import_module(f".preference_loss_{chosen}", __package__)
     with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
@@ -118,9 +117,7 @@ class _PreferenceLoss(torch.autograd.Function):
             token_logps, cu_responses, pairs, result.chosen_slope, result.rejected_slope
         )
         ctx.set_materialize_grads(False)
-        losses = result.losses
-        # No pairs, no loss: a pack without pairs must not turn the mean into 0 / 0.
-        return losses.sum() / max(len(losses), 1), losses.clone()
+        return _mean(result.losses), result.losses.clone()
 
     @staticmethod
     def backward(ctx, *grads):
@@ -136,7 +133,9 @@ class _PreferenceLoss(torch.autograd.Function):
             responses = torch.cat([pairs[:, 0], pairs[:, 1]])
             per_response = _sum_by(responses, sides, len(cu_responses) - 1)  # [R]
             owner = torch.searchsorted(
-                cu_responses[1:], torch.arange(len(token_logps), device=pairs.device), right=True
+                cu_responses[1:].contiguous(),
+                torch.arange(len(token_logps), device=pairs.device),
+                right=True,
             )
             grad = per_response[owner].to(token_logps.dtype)
         if torch.is_grad_enabled():  # create_graph=True
@@ -157,6 +156,11 @@ class _Once(torch.autograd.Function):
             "preference_loss has no second derivative: its gradient was finished in the forward "
             'pass; use impl="reference" to differentiate twice'
         )
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """0 without pairs: a pack that holds none must not turn the step's loss into 0 / 0."""
+    return (losses.sum(dtype=torch.float64) / max(len(losses), 1)).to(losses.dtype)
 
 
 def _sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
