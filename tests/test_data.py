@@ -4,13 +4,14 @@ import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fastdpo.data import TokenizedPairs, load_dataset_split, tokenize_pairs
 from fastdpo.errors import ConfigError, DataError
-from tests.tiny import tiny_chat_rows, tiny_pairs, tiny_rows, tiny_tokenizer
+from tests.tiny import CHATML, tiny_chat_rows, tiny_pairs, tiny_rows, tiny_tokenizer
 
 HH = Path(__file__).parents[1] / "../shared/data/hh-rlhf/harmless-base-test.jsonl.gz"
 
@@ -25,7 +26,7 @@ def chat():
     return tiny_tokenizer(bos=False, chat=True)
 
 
-def tokenize(rows, tokenizer, max_length=256, **kwargs):
+def tokenize(rows, tokenizer, max_length: int | None = 256, **kwargs):
     return tokenize_pairs(rows, tokenizer, max_length=max_length, progress=False, **kwargs)
 
 
@@ -33,7 +34,7 @@ def triple(pairs, i=0):
     return [pairs.prompt(i).tolist(), pairs.chosen(i).tolist(), pairs.rejected(i).tolist()]
 
 
-def texts(pairs, tokenizer, i=0):
+def texts(pairs, tokenizer, i=0) -> tuple[str, ...]:
     return tuple(tokenizer.decode(ids) for ids in triple(pairs, i))
 
 
@@ -66,8 +67,8 @@ def trl_pairs(rows, tokenizer, max_length):
     from datasets import Dataset
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
-    args = SimpleNamespace(
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    args: Any = SimpleNamespace(
         dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
     )
     prepared = DPOTrainer._prepare_dataset(
@@ -75,7 +76,7 @@ def trl_pairs(rows, tokenizer, max_length):
         Dataset.from_list(rows),
         tokenizer,
         args,
-        "train",  # pyright: ignore
+        "train",
     )
     collate = DataCollatorForPreference(tokenizer.pad_token_id, max_length=max_length)
     result = []
@@ -249,9 +250,7 @@ def test_conversations_where_one_continues_the_other(chat):
 
 def test_tools_and_template_arguments_reach_the_template():
     tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.chat_template = (
-        "{{ tools[0]['name'] if tools else '' }}{{ mood }}" + tokenizer.chat_template
-    )
+    tokenizer.chat_template = "{{ tools[0]['name'] if tools else '' }}{{ mood }}" + CHATML
     row = tiny_chat_rows(1)[0]
     row |= {"tools": json.dumps([{"name": "tree"}]), "chat_template_kwargs": {"mood": "blue"}}
     pairs, report = tokenize([row], tokenizer)
@@ -518,7 +517,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, plain):
     dataset.to_parquet(tmp_path / "rows.parquet")
     dataset.to_csv(tmp_path / "rows.csv", index=False)
     dataset.save_to_disk(tmp_path / "saved")
-    DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "saved_splits")
+    DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(
+        tmp_path / "saved_splits"
+    )
     (tmp_path / "folder").mkdir()
     dataset.to_parquet(tmp_path / "folder" / "train.parquet")
     dataset.select([0]).to_parquet(tmp_path / "folder" / "test.parquet")
