@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo_kernels import impls, linear_logps, linear_logps_torch
+from fastdpo_kernels import (
+    impls,
+    linear_logps,
+    linear_logps_torch,
+    linear_logps_torch_tiles,
+)
 from fastdpo_kernels.impls import STATS
 from fastdpo_kernels.reference import linear_logps_reference
 from tests import numerics
@@ -156,8 +161,8 @@ def test_the_budget_can_fail():
 def test_any_shape(n, d, v, dtype, bias, softcap, scale, temperature, ignored, tile, seed):
     head = peaked_head(n, d, v, dtype=dtype, bias=bias, ignored=ignored, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_logps_torch, "_ROWS", tile[0])
-        patch.setattr(linear_logps_torch, "_COLS", tile[1])
+        patch.setattr(linear_logps_torch_tiles, "ROWS", tile[0])
+        patch.setattr(linear_logps_torch_tiles, "COLS", tile[1])
         check(head, softcap=softcap, scale=scale, temperature=temperature)
 
 
@@ -167,8 +172,8 @@ def test_any_shape(n, d, v, dtype, bias, softcap, scale, temperature, ignored, t
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_gradcheck(impl, transform, monkeypatch):
-    monkeypatch.setattr(linear_logps_torch, "_ROWS", 3)
-    monkeypatch.setattr(linear_logps_torch, "_COLS", 4)
+    monkeypatch.setattr(linear_logps_torch_tiles, "ROWS", 3)
+    monkeypatch.setattr(linear_logps_torch_tiles, "COLS", 4)
     head = peaked_head(5, 3, 11, dtype=torch.float64, bias=True)
     targets = head.targets.clone()
     targets[1] = -100
@@ -481,6 +486,24 @@ def test_peak_memory_is_the_workspace_and_the_results(trained, dtype, workspace_
     results = n * d * (2 * size + 4) + (v * d * size if trained else 0) + 24 * 8 * n
     assert peak_bytes(step) <= workspace_bytes + results
     assert workspace_bytes + results < n * v * 4  # less than one [N, V] of logits
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_peak_memory_when_every_row_overflows(trained):
+    n, d, v, workspace_bytes = 512, 32, 4096, 3 * 2**22
+    head = far_head(n, d, v, gap=200)
+    assert saved_kept(head, workspace_bytes)
+    head.hidden.requires_grad_()
+    head.weight.requires_grad_(trained)
+
+    def step():
+        logps = linear_logps(
+            head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes
+        )
+        logps.sum().backward()
+
+    results = n * d * 12 + v * d * 4 * trained + 24 * 8 * n
+    assert peak_bytes(step) <= workspace_bytes + results
 
 
 def test_peak_memory_is_a_quarter_of_eager():

@@ -1,9 +1,7 @@
-"""Which implementation of an op can run here, why the others cannot, and what every implementation
-returns.
+"""Which implementation of an op can run here and why not, and what each of them returns.
 
 An op `x` has a public file `x.py` and implementation files `x_torch.py`, `x_triton.py`. This file
-knows devices and
-packages, not mathematics, and chooses nothing by speed: that is `tuning.py`'s work.
+knows devices and packages, not mathematics, and chooses nothing by speed: `tuning.py` does.
 """
 
 import functools
@@ -59,9 +57,9 @@ class ForwardResult:
 
 @dataclass(frozen=True)
 class PreferenceForward:
-    """What an implementation of `preference_loss` hands back: all [P] but `logps` [R]; fp32 (fp64
-    for fp64 inputs).
+    """What an implementation of `preference_loss` hands back: all [P] but `logps` [R].
 
+    fp32 (fp64 for fp64 inputs).
     `chosen_slope` and `rejected_slope` are the derivatives of each pair's loss with respect to the
     summed log-probs of its chosen and of its rejected response.
     """
@@ -81,7 +79,8 @@ def outside_graph(op: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is looking at the tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def triton_interprets() -> bool:
@@ -113,17 +112,14 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
         return f"it serves CUDA devices, not {device.type!r}"
     if torch.version.hip is not None:
         return "AMD GPUs are not tuned for yet"
-    if _capability(device.index if device.index is not None else torch.cuda.current_device()) < (
-        8,
-        0,
-    ):
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _capability(index) < (8, 0):
         return "it needs compute capability 8.0 (Ampere) or newer"
     return None
 
 
 def choose_impl(op: str, requested: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """Returns "torch", "triton" or "reference" for `requested`; only "auto" chooses, and it logs
-    its choice once.
+    """Returns "torch", "triton" or "reference"; only "auto" chooses, and logs its choice once.
 
     Raises ValueError for an unknown name and RuntimeError if Triton is asked for by name where it
     cannot run.

@@ -72,8 +72,7 @@ def linear_logps(
     impl: str = "auto",
     workspace_bytes: int = 256 * 2**20,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Returns log softmax(z)[n, targets[n]] for every row n: [N], fp32 (fp64 for fp64 inputs), in
-    nat.
+    """Returns log softmax(z)[n, targets[n]] of every row n: [N], in nat, fp32 (fp64 for fp64).
 
     With a = scale * (hidden @ weight.T + bias), the logits are z = a / temperature, or
     softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is
@@ -158,8 +157,8 @@ class _Plan:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """`anchor` [0, D] hangs on `hidden`: it lets `_Once` refuse a second derivative without
-    keeping `hidden`."""
+    """`anchor` [0, D] hangs on `hidden`, so that `_Once` can refuse a second derivative even
+    where `hidden` is not kept."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, anchor, plan: _Plan):

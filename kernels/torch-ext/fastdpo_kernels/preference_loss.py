@@ -1,5 +1,4 @@
-"""`preference_loss`: token log-probs of a pack -> loss, rewards and log-probs of its pairs of
-responses.
+"""`preference_loss`: token log-probs of a pack -> loss, rewards and log-probs of its pairs.
 
 The public op: it checks its arguments once, chooses the implementation, and joins it to autograd.
 An implementation finishes the losses and their two derivatives per pair in the forward pass;
@@ -23,8 +22,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """`loss` [] (mean of `losses`) and `losses` [P] carry gradients; rewards [P] and `logps` [R]
-    do not.
+    """`loss` [] (the mean) and `losses` [P] carry gradients; rewards [P] and `logps` [R] do not.
 
     Log-probs are in nat, summed over a response's tokens; rewards are beta * (logps - ref_logps).
     All fp32 (fp64 for fp64 token log-probs).
@@ -52,18 +50,19 @@ def preference_loss(
 ) -> PreferenceOutput:
     """Returns the preference losses of `pairs` of responses.
 
-    With the log-ratio D = logps - ref_logps of a response, m = beta * (D_chosen - D_rejected) and
-    label smoothing e:
-        sigmoid  -(1 - e) log sigmoid(m) - e log sigmoid(-m)             DPO (arXiv 2305.18290, eq.
-        7); e > 0: cDPO hinge    max(0, 1 - m)                                           SLiC's
-        loss (2305.10425) on DPO's margin ipo      (D_chosen / len_chosen - D_rejected /
-        len_rejected - 1 / (2 beta))^2     IPO (2310.12036, eq. 17)
-    with ipo's log-ratios averaged over the tokens of their response, as TRL does.
+    With d = logps - ref_logps of a response, m = beta * (d_chosen - d_rejected), smoothing e:
+
+        sigmoid: -(1 - e) log sigmoid(m) - e log sigmoid(-m)
+            DPO (arXiv 2305.18290, eq. 7); with e > 0, conservative DPO.
+        hinge: max(0, 1 - m)
+            SLiC's loss (2305.10425) on DPO's margin.
+        ipo: (d_chosen / len_chosen - d_rejected / len_rejected - 1 / (2 beta))^2
+            IPO (2310.12036, eq. 17); log-ratios averaged over their response's tokens, as in TRL.
 
     Args:
         token_logps: [N], the tokens of all responses, one response after the other.
-        cu_responses: [R + 1] int32, response r is token_logps[cu_responses[r]:cu_responses[r +
-            1]]; from 0 to N. A response may be empty: its logps are 0 and its length counts as 1.
+        cu_responses: [R + 1] int32, from 0 to N: where each response begins and the last one
+            ends. A response may be empty: its logps are 0 and its length counts as 1.
         pairs: [P, 2] int64, the chosen and the rejected response of each pair. A response may be
             in several pairs or in none. With P = 0 the loss is 0.
         ref_token_logps: [N], the reference's token log-probs, or else ref_logps: [R], summed over
@@ -73,10 +72,9 @@ def preference_loss(
         impl: "auto" chooses by device and logs it once; "torch" and "triton" run that or raise;
             "reference" is eager.
 
-    Sums over tokens are taken in fp64 by torch and in fp32 by Triton, in a fixed order: results
-    are bitwise repeatable. Only `token_logps` gets a gradient, once: double backward raises. On a
-    GPU `cu_responses` and `pairs` are
-    not looked at by the host: bounds are the caller's duty there.
+    Sums over tokens are fp64 and in a fixed order: results are bitwise repeatable. Only
+    `token_logps` gets a gradient, once: double backward raises. On a GPU the host does not wait to
+    look at `cu_responses` and `pairs`: that they are in bounds is the caller's duty there.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other or lie outside their domain,

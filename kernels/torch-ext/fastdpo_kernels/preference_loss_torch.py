@@ -21,8 +21,11 @@ def forward(
     loss_type: str,
     label_smoothing: float,
 ) -> PreferenceForward:
-    """See `impls.PreferenceForward`. Everything [R] and [P] is fp64 until it is handed back: these
-    vectors are short, and a log-ratio is a small difference of large sums."""
+    """See `impls.PreferenceForward`.
+
+    Everything [R] and [P] is fp64 until it is handed back: these vectors are short, and a
+    log-ratio is a small difference of large sums.
+    """
     bounds = cu_responses.long()
 
     def per_response(values: Tensor) -> Tensor:  # [N] -> [R]

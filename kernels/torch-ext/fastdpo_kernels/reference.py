@@ -85,9 +85,9 @@ def preference_loss_reference(
 ) -> PreferenceForward:
     """Losses of pairs of responses; `losses` carries the autograd graph back to `token_logps`.
 
-    sigmoid: DPO (arXiv 2305.18290, eq. 7), with label smoothing as in cDPO. hinge: SLiC
-    (2305.10425) on DPO's margin.
-    ipo: 2310.12036, eq. 17, with each log-ratio averaged over its response's tokens (as TRL does).
+    sigmoid: DPO (arXiv 2305.18290, eq. 7), with label smoothing as in cDPO. hinge: SLiC's loss
+    (2305.10425) on DPO's margin. ipo: 2310.12036, eq. 17, with each log-ratio averaged over its
+    response's tokens (as TRL does).
     """
     token_logps = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
     bounds = cu_responses.tolist()
@@ -101,15 +101,12 @@ def preference_loss_reference(
         ref_logps = per_response(ref_token_logps.to(token_logps))
     assert ref_logps is not None
     ratios = logps - ref_logps.to(token_logps)  # [R]
-    lengths = torch.tensor([max(b - a, 1) for a, b in spans]).to(
-        token_logps
-    )  # an empty response counts as 1
+    lengths = torch.tensor([max(b - a, 1) for a, b in spans]).to(token_logps)  # empty: 1
     chosen, rejected = pairs.long().unbind(1)
     margins = beta * (ratios[chosen] - ratios[rejected])  # [P]
     if loss_type == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(
-            -margins
-        )
+        right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
     elif loss_type == "hinge":
         losses = torch.relu(1 - margins)
     elif loss_type == "ipo":
@@ -118,16 +115,14 @@ def preference_loss_reference(
     else:
         raise ValueError(f"no reference for loss_type={loss_type!r}")
 
-    # What the fused implementations finish in their forward: d losses[p] / d logps[chosen], d
-    # logps[rejected].
+    # What the fused implementations finish in their forward: d losses / d logps of each side.
     if loss_type == "sigmoid":
         slope = beta * (label_smoothing - torch.sigmoid(-margins))
     elif loss_type == "hinge":
         slope = -beta * (margins < 1).to(margins)
     else:
-        slope = 2 * (
-            ratios[chosen] / lengths[chosen] - ratios[rejected] / lengths[rejected] - 1 / (2 * beta)
-        )
+        per_token = ratios / lengths
+        slope = 2 * (per_token[chosen] - per_token[rejected] - 1 / (2 * beta))
     by_token = loss_type == "ipo"
     return PreferenceForward(
         losses=losses,

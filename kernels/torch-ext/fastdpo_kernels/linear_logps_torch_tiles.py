@@ -1,0 +1,186 @@
+"""One tile of logits in torch: the linear head, its logit transform, exponentials, and sizes.
+
+What a pass over the tiles computes is in `linear_logps_torch.py`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEADROOM = 10.0  # max z - r in the frame near the maximum, so that E spans the range of fp16 too
+ROWS, COLS = 1024, 4096  # the largest tile; CPU GEMMs gain nothing from a larger one
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weight [V, D], bias [V], and the logit transform z(a) of a = h W^T + b."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+    temperature: float
+    rounded: torch.dtype  # operands are rounded to this dtype, that of `hidden`, ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """... and everything is computed and summed in this one."""
+        return torch.promote_types(self.rounded, torch.float32)
+
+    @property
+    def slope(self) -> float:
+        """dz/da at a = 0."""
+        return self.scale / self.temperature
+
+    @property
+    def halves(self) -> bool:
+        """Whether GEMMs take 16-bit operands and give fp32. CPUs are faster and finer in fp32."""
+        return self.rounded != self.dtype and self.weight.device.type == "cuda"
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a pass without statistics writes to at once."""
+        return 1 + (self.softcap is not None)
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.rounded)
+        return tensor if self.halves else tensor.to(self.dtype)
+
+    def rows(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [w, D] and bias [w] of some columns of the logits."""
+        bias = None if self.bias is None else self.bias[start:end].to(self.dtype)
+        return self.operand(self.weight[start:end]), bias
+
+
+def target_logits(head: Head, h: Tensor, w_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """z_y [k], and [k] the slope of the transform there, as a share of the slope at 0."""
+    a = (h.to(head.dtype) * w_y).sum(1)
+    if head.bias is not None:
+        a += head.bias[y].to(head.dtype)
+    if head.softcap is None:
+        return head.slope * a, torch.ones_like(a)
+    t = torch.tanh(a * (head.scale / head.softcap))
+    return t * (head.softcap / head.temperature), 1 - t * t
+
+
+def exponents(
+    head: Head, h: Tensor, w: Tensor, b: Tensor | None, r: Tensor, tile: Tensor, cap: Tensor | None
+) -> None:
+    """tile [k, w] = z - r; under a softcap, `cap` [k, w] gets the tanh."""
+    if cap is None:
+        if b is None:
+            tile.copy_(-r[:, None])
+        else:
+            torch.sub((head.slope * b)[None, :], r[:, None], out=tile)
+        _add_product(head, tile, h, w, head.slope)
+        return
+    assert head.softcap is not None
+    inner = head.scale / head.softcap
+    if b is None:
+        cap.zero_()
+    else:
+        cap.copy_(inner * b)
+    _add_product(head, cap, h, w, inner)
+    cap.tanh_()
+    torch.mul(cap, head.softcap / head.temperature, out=tile)
+    tile.sub_(r[:, None])
+
+
+def near_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
+    """max z - HEADROOM, [k]: a frame that no row overflows."""
+    top = torch.full((h.shape[0],), -math.inf, dtype=head.dtype, device=h.device)
+    zero = torch.zeros_like(top)
+    for v0, v1 in spans(head.weight.shape[0], cols):
+        tile, *rest = views(buffer[: head.tiles], h.shape[0], v1 - v0)
+        exponents(head, h, *head.rows(v0, v1), zero, tile, rest[0] if rest else None)
+        top = torch.maximum(top, tile.amax(1))
+    return top - HEADROOM
+
+
+def _add_product(head: Head, tile: Tensor, h: Tensor, w: Tensor, factor: float) -> None:
+    """tile [k, w] += factor h w^T."""
+    if head.halves:
+        tile.add_(torch.mm(h, w.mT, out_dtype=head.dtype), alpha=factor)
+    else:
+        tile.addmm_(h, w.mT, alpha=factor)
+
+
+def accumulate(head: Head, grad: Tensor, e: Tensor, w: Tensor) -> None:
+    """grad += E @ w, in fp32."""
+    if head.halves:
+        grad += torch.mm(e.to(head.rounded), w, out_dtype=head.dtype)
+    else:
+        grad.addmm_(e, w)
+
+
+def put_target(tile: Tensor, column: Tensor, value: Tensor) -> None:
+    """Writes value [k] at each row's column [k], where the tile holds that column."""
+    width = tile.shape[1]
+    inside = (column >= 0) & (column < width)
+    column = column.clamp(0, width - 1)[:, None]
+    old = tile.gather(1, column)
+    tile.scatter_(1, column, torch.where(inside[:, None], value[:, None], old))
+
+
+def one_minus_square(t: Tensor) -> Tensor:
+    """1 - t^2, in place."""
+    return t.square_().neg_().add_(1)
+
+
+def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+def views(buffer: Tensor, rows: int, cols: int) -> list[Tensor]:
+    """Contiguous tiles [rows, cols], one in each row of the buffer."""
+    return [row[: rows * cols].view(rows, cols) for row in buffer]
+
+
+def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
+    """The largest tile up to ROWS x COLS that fits the budget with the copies made beside it.
+
+    Raises ValueError if not even a small one does.
+    """
+    v, d = head.weight.shape
+    least_rows, least_cols = max(min(n, 8), 1), min(v, 128)
+    rows, cols = max(min(n, ROWS), 1), min(v, COLS)
+    while tile_bytes(head, rows, cols, tiles) > budget:
+        if (rows, cols) == (least_rows, least_cols):
+            need = tile_bytes(head, rows, cols, tiles)
+            raise ValueError(
+                f"linear_logps: workspace_bytes leaves {budget} bytes for a tile, but D={d}, V={v} "
+                f"need {need}; raise workspace_bytes"
+            )
+        if cols == least_cols or (rows > least_rows and rows >= cols // 4):
+            rows = max(rows // 2, least_rows)
+        else:
+            cols = max(cols // 2, least_cols)
+    return rows, cols
+
+
+def tile_bytes(head: Head, rows: int, cols: int, tiles: int) -> int:
+    """Tiles (two more where a 16-bit GEMM's operand and result are apart), and beside them: h
+    twice, W[y], their product and the gradient; W twice and its gradient."""
+    d = head.weight.shape[1]
+    tiles += 2 * head.halves
+    return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + 3 * cols * d)
+
+
+@contextlib.contextmanager
+def ieee_matmul(device: torch.device) -> Iterator[None]:
+    """Keeps TF32 out of fp32 GEMMs."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = precision
