@@ -1,0 +1,465 @@
+"""`linear_logps` on a GPU: which kernel runs on which part of the tokens and of the vocabulary.
+
+With z_y = h . W[y] known first, one GEMM gives E = exp(z - z_y - 40.2), target zeroed, and its row
+sums; a second one, E @ W in fp32 over chunks of the vocabulary, finishes d hidden in the forward
+pass (GEMMs: 1 without gradient, 2 for a frozen head). For dW either E is kept, then one more GEMM
+(3), or it is computed again chunk by chunk (4). The second GEMMs are the library's (cuBLAS).
+16-bit inputs: E is bf16 (it spans fp32's range, fp16's does not) and meets bf16 operands: fp16
+weights are rounded to bf16 for the gradients, chunk by chunk. fp32 inputs: all fp32, never TF32.
+Callers have checked the arguments; `tuning.py` sizes the chunks.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .impls import ForwardResult, TokenStats
+from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
+from .linear_logps_triton_gemm import Logits, describable, exp_gemm, exp_tile
+from .linear_logps_triton_rows import (
+    add_target_rows,
+    column_sums,
+    dw_operand,
+    hidden_grad,
+    row_sums,
+    target_logits,
+)
+from .tuning import Plan, Problem
+
+_PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_gemm
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of a call; `kept`: E stays for dW."""
+
+    hidden: Tensor
+    weight: Tensor
+    logits: Logits
+    stats: tuple[str, ...]
+    need_hidden_grad: bool
+    kept: bool
+    device: tuning.Device
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def v(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def e_dtype(self) -> torch.dtype:
+        """Of E, and of the operands it is multiplied with."""
+        return torch.float32 if self.hidden.dtype == torch.float32 else torch.bfloat16
+
+    @property
+    def fields(self) -> int:
+        return _PARTIAL_FIELDS if self.stats else 1
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+    stats: tuple[str, ...],
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    workspace_bytes: int,
+) -> ForwardResult:
+    """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`."""
+    job = _Job(
+        hidden, weight, Logits.of(bias, softcap, scale, temperature), stats, need_hidden_grad,
+        need_weight_grad, _device(hidden),
+    )  # fmt: skip
+    work = "hidden" if need_hidden_grad else "sums"
+    if need_weight_grad and not _can_keep(job, work, workspace_bytes):
+        job = dataclasses.replace(job, kept=False)
+
+    def run(plan: Plan) -> ForwardResult:
+        return run_forward(job, targets, ignore_index, plan)
+
+    with _exact_matmul(), _on(hidden):
+        plan = tuning.choose(
+            _problem(job, work, workspace_bytes), job.device, run,
+            measure=tuning.measurable(hidden.device),
+        )  # fmt: skip
+        result = run(plan)
+    return result if need_weight_grad else dataclasses.replace(result, saved=())
+
+
+def weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    saved: tuple[Tensor, ...],
+    grad_logps: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    need_bias_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
+
+    dW = -slope E^T @ (g / (s_o + s_y) H), plus slope g (1 - p_y) h_n at the target rows.
+    """
+    job = _Job(
+        hidden, weight, Logits.of(bias, softcap, scale, temperature), (), False,
+        len(saved) == 5, _device(hidden),
+    )  # fmt: skip
+
+    def run(plan: Plan) -> tuple[Tensor, Tensor | None]:
+        return run_weight_grad(job, saved, grad_logps, need_bias_grad, plan)
+
+    with _exact_matmul(), _on(hidden):
+        plan = tuning.choose(
+            _problem(job, "weight", workspace_bytes), job.device, run,
+            measure=tuning.measurable(hidden.device),
+        )  # fmt: skip
+        return run(plan)
+
+
+def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> ForwardResult:
+    n, d, v = job.n, job.d, job.v
+    hidden, weight, device = job.hidden, job.weight, job.hidden.device
+    floats = [torch.empty(n, device=device) for _ in range(5)]
+    z, logps, share, inverse, lse = floats
+    target, flag = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+    any_flag = torch.zeros(1, dtype=torch.int32, device=device)
+    grad = torch.empty(n, d, dtype=hidden.dtype, device=device) if job.need_hidden_grad else None
+    kept = None
+    if job.kept:
+        kept = torch.empty(n, tuning.round_up(v, 8), dtype=job.e_dtype, device=device)
+    stats = _empty_stats(n, device) if job.stats else None
+
+    if n > 0:
+        target_logits(
+            hidden, weight, targets.contiguous(), target, z,
+            ignore_index=ignore_index, logits=job.logits,
+        )  # fmt: skip
+    space = _Space(plan.bytes, device)
+    tiles = -(-v // plan.variant.gemm.block_v)
+    splits = splits_of(tiles)
+    for r0, r1 in _spans(n, plan.rows):
+        space.clear()
+        rows = slice(r0, r1)
+        h = _operand(hidden[rows], hidden.dtype, space)
+        room = space.take((max(job.fields * tiles, FIELDS * splits) * (r1 - r0),), torch.float32)
+        partial = room[: job.fields * tiles * (r1 - r0)].view(job.fields, tiles, r1 - r0)
+        product = None
+        if grad is not None:
+            product = space.take((plan.variant.splits, r1 - r0, d), torch.float32)
+        for c0, c1 in _spans(v, plan.cols):
+            mark = space.mark()
+            w = _operand(weight[c0:c1], hidden.dtype, space)
+            e = None if kept is None else kept[rows, c0:c1]
+            e = _exponentials(
+                job, plan, space, h, w, e, z[rows], target[rows], None, partial, c0,
+                store=grad is not None,
+            )  # fmt: skip
+            if product is not None:
+                assert e is not None
+                # rounded from the weight itself, if it has the dtype: that of fp16 hidden does not
+                w = _operand(w if w.dtype == job.e_dtype else weight[c0:c1], job.e_dtype, space)
+                multiply_splits(product, e, w, add=c0 > 0)
+            space.release(mark)
+        part = _rows_of(stats, rows)
+        row = (logps[rows], share[rows], inverse[rows], lse[rows])
+        row_sums(partial, z[rows], target[rows], *row, flag[rows], any_flag, part, v=v)
+        if grad is not None and product is not None:
+            hidden_grad(
+                product, weight, target[rows], z[rows], share[rows], inverse[rows], grad[rows],
+                logits=job.logits,
+            )  # fmt: skip
+        exact_rows(
+            hidden[rows], weight, target[rows], z[rows], flag[rows], any_flag, room, *row,
+            None if grad is None else grad[rows], None if kept is None else kept[rows], part,
+            logits=job.logits, splits=splits, programs=2 * job.device.sms,
+        )  # fmt: skip
+    saved = (target, z, share) + ((lse,) if kept is None else (inverse, kept))
+    return ForwardResult(logps, grad, saved, _chosen_stats(stats, job.stats))
+
+
+def run_weight_grad(
+    job: _Job, saved: tuple[Tensor, ...], grad_logps: Tensor, need_bias_grad: bool, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """With `saved` = (target, z, share, 1 / (s_o + s_y), E), or, to compute E again,
+    (target, z, share, log-sum-exp)."""
+    target, z, share, row, *rest = saved
+    kept = rest[0] if rest else None
+    n, d, v = job.n, job.d, job.v
+    hidden, weight, bias = job.hidden, job.weight, job.logits.bias
+    g = (job.logits.slope * grad_logps.float()).masked_fill(target < 0, 0).contiguous()
+    dw = torch.empty(v, d, dtype=weight.dtype, device=weight.device)
+    db = torch.zeros(v, device=weight.device) if bias is not None and need_bias_grad else None
+    direct = plan.rows >= n and dw.dtype in (job.e_dtype, torch.float32)
+    space = _Space(plan.bytes, weight.device)
+    tiles = -(-v // plan.variant.gemm.block_v)
+    for c0, c1 in _spans(v, plan.cols):
+        space.clear()
+        out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
+        w = None if kept is not None else _operand(weight[c0:c1], hidden.dtype, space)
+        if n == 0:
+            out.zero_()
+        for r0, r1 in _spans(n, plan.rows):
+            mark = space.mark()
+            rows = slice(r0, r1)
+            # The minus sign, g and 1 / (s_o + s_y) go into H where E is kept, else into E.
+            factor = -g[rows] * row[rows] if kept is not None else -g[rows]
+            h2 = space.take((r1 - r0, d), job.e_dtype)
+            dw_operand(hidden[rows], target[rows], None if kept is None else factor, h2)
+            if kept is not None:
+                e = kept[rows, c0:c1]
+            else:
+                assert w is not None
+                h = _operand(hidden[rows], hidden.dtype, space)
+                e = _exponentials(
+                    job, plan, space, h, w, None, row[rows], target[rows], factor, None, c0,
+                    store=True, n_tiles=tiles,
+                )  # fmt: skip
+                assert e is not None
+            multiply(out, e.mT, h2, add=r0 > 0)
+            if db is not None:
+                column_sums(e, None if kept is None else factor, db[c0:c1], add=r0 > 0)
+            space.release(mark)
+        if not direct:
+            dw[c0:c1].copy_(out)
+    if n > 0:
+        coefficient = g * share
+        if job.logits.softcap:
+            coefficient *= 1 - (z / job.logits.cap).square()
+        add_target_rows(target, coefficient, hidden, dw, db)
+    return dw, None if db is None or bias is None else db.to(bias.dtype)
+
+
+def _exponentials(
+    job: _Job,
+    plan: Plan,
+    space: "_Space",
+    h: Tensor,
+    w: Tensor,
+    e: Tensor | None,
+    ref: Tensor,
+    target: Tensor,
+    row_scale: Tensor | None,
+    partial: Tensor | None,
+    first_col: int,
+    *,
+    store: bool,
+    n_tiles: int = 0,
+) -> Tensor | None:
+    """E [n, c] of `h` [n, D] against `w` [c, D], into `e` if given, else into the workspace if it
+    is to be stored; its sums go to `partial`."""
+    n, c = h.shape[0], w.shape[0]
+    wide = tuning.round_up(c, 8)
+    if partial is not None:
+        n_tiles = partial.shape[1]
+    shared = {"first_col": first_col, "n_tiles": n_tiles, "logits": job.logits}
+    shared["stats"] = bool(job.stats)
+    if plan.variant.library:
+        product = space.take((n, wide), torch.float32)[:, :c]
+        multiply(product, h, w.mT, add=False)
+        if e is None and store:
+            in_place = job.e_dtype == torch.float32
+            e = product if in_place else space.take((n, wide), job.e_dtype)[:, :c]
+        exp_tile(
+            product, e, ref, target, row_scale, partial,
+            block_v=plan.variant.gemm.block_v, **shared,
+        )  # fmt: skip
+        return e
+    if e is None and store:
+        e = space.take((n, wide), job.e_dtype)[:, :c]
+    exp_gemm(
+        h, w, e, ref, target, row_scale, partial,
+        gemm=plan.variant.gemm, programs=job.device.sms, **shared,
+    )  # fmt: skip
+    return e
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """out [m, n] = a @ b, or += in fp32 (then `out` is fp32)."""
+    if a.dtype == torch.float32 or a.dtype == out.dtype:
+        if not a.is_cuda and a.dtype != torch.float32:  # the interpreter: CPUs sum bf16 coarsely
+            out.copy_(a.float() @ b.float())
+        elif add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif not a.is_cuda:
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def multiply_splits(out: Tensor, e: Tensor, w: Tensor, *, add: bool) -> None:
+    """out [splits, n, D]: e [n, c] @ w [c, D] by equal parts of c, in one batched GEMM.
+
+    What does not divide goes to the first part. Only a call's first chunk may not `add`.
+    """
+    splits, (n, c), d = out.shape[0], e.shape, w.shape[1]
+    part = c // splits // 8 * 8
+    if splits == 1 or part == 0 or add:
+        multiply(out[0], e, w, add=add)
+        if not add:
+            out[1:].zero_()
+        return
+    a = e.as_strided((splits, n, part), (part, e.stride(0), 1))
+    b = w.as_strided((splits, part, d), (part * w.stride(0), w.stride(0), 1))
+    if a.dtype == torch.float32:
+        torch.bmm(a, b, out=out)
+    elif not a.is_cuda:
+        torch.bmm(a.float(), b.float(), out=out)
+    else:
+        torch.bmm(a, b, out_dtype=torch.float32, out=out)
+    if splits * part < c:
+        multiply(out[0], e[:, splits * part :], w[splits * part :], add=True)
+
+
+class _Space:
+    """One buffer for a call's temporaries, handed out from its start; never more than planned."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        start = tuning.round_up(self.used, 256)
+        count = 1
+        for size in shape:
+            count *= size
+        self.used = start + count * dtype.itemsize
+        if self.used > len(self.buffer):
+            raise AssertionError(f"workspace: planned {len(self.buffer)} bytes, need {self.used}")
+        return self.buffer[start : self.used].view(dtype).view(shape)
+
+    def mark(self) -> int:
+        return self.used
+
+    def release(self, mark: int) -> None:
+        self.used = mark
+
+    def clear(self) -> None:
+        self.used = 0
+
+
+def _operand(matrix: Tensor, dtype: torch.dtype, space: _Space) -> Tensor:
+    """The matrix in this dtype with contiguous rows: itself, or a copy in the workspace."""
+    if matrix.dtype == dtype and matrix.stride(1) == 1:
+        return matrix
+    return space.take(tuple(matrix.shape), dtype).copy_(matrix)
+
+
+def _problem(job: _Job, work: str, workspace: int) -> Problem:
+    hidden, weight = job.hidden, job.weight
+    recomputed = not (work == "weight" and job.kept)
+    ready = hidden.stride(1) == 1
+    row_copy = 0 if ready or not recomputed else job.d * hidden.element_size()
+    ready_w = weight.dtype == hidden.dtype and weight.stride(1) == 1
+    col_copy = 0 if ready_w or not recomputed else job.d * hidden.element_size()
+    if work == "hidden" and hidden.dtype != job.e_dtype:
+        own = weight.dtype == job.e_dtype and weight.stride(1) == 1
+        col_copy += 0 if own else job.d * job.e_dtype.itemsize
+    aligned = job.d % 8 == 0
+    if aligned:
+        aligned = (not ready or describable(hidden)) and (not ready_w or describable(weight))
+    return Problem(
+        work=work,
+        n=max(job.n, 1),
+        d=job.d,
+        v=job.v,
+        float32=job.e_dtype == torch.float32,
+        rich=job.logits.softcap or job.logits.bias is not None,
+        fields=job.fields,
+        row_copy=row_copy,
+        col_copy=col_copy,
+        kept=job.kept,
+        direct=weight.dtype in (job.e_dtype, torch.float32),
+        aligned=aligned,
+        workspace=workspace,
+    )
+
+
+def _can_keep(job: _Job, work: str, workspace: int) -> bool:
+    """Whether the whole E leaves room for the rest, now and in the backward pass."""
+    for each in (work, "weight"):
+        problem = _problem(job, each, workspace)
+        try:
+            tuning.plan(problem, tuning.default_variant(problem, job.device), job.device)
+        except ValueError:
+            return False
+    return True
+
+
+def _device(tensor: Tensor) -> tuning.Device:
+    return tuning.describe(tensor.device.index if tensor.is_cuda else None)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """Library GEMMs without TF32, and without bf16 between the parts of a split sum."""
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    reduction = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction_split_k,
+    )
+    matmul.fp32_precision = "ieee"
+    matmul.allow_bf16_reduced_precision_reduction = (False, reduction[1])
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = precision
+        matmul.allow_bf16_reduced_precision_reduction = reduction
+
+
+def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, max(step, 1)):
+        yield start, min(start + step, size)
+
+
+def _empty_stats(n: int, device: torch.device) -> TokenStats:
+    a, b, c = (torch.empty(n, device=device) for _ in range(3))
+    return TokenStats(a, b, torch.empty(n, dtype=torch.int8, device=device), c)
+
+
+def _rows_of(stats: TokenStats | None, rows: slice) -> TokenStats | None:
+    if stats is None:
+        return None
+    fields = dataclasses.fields(stats)
+    return TokenStats(**{field.name: getattr(stats, field.name)[rows] for field in fields})
+
+
+def _chosen_stats(stats: TokenStats | None, names: tuple[str, ...]) -> TokenStats | None:
+    if stats is None:
+        return None
+    chosen = {name: getattr(stats, name) for name in names}
+    if "is_top1" in chosen:
+        chosen["is_top1"] = chosen["is_top1"].bool()
+    return TokenStats(**chosen)

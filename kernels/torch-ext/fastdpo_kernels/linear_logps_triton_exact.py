@@ -1,0 +1,305 @@
+"""Triton: rows of `linear_logps` that the fixed reference cannot hold (logp < -99.8), done exactly.
+
+Two kernels, always launched, so that the host never waits for a device to hear whether any row was
+flagged; without flagged rows they return at once. They work with the row's own largest logit, in
+blocks of 16 rows, and are right for any row, but slow: one multiprocessor reads all of W for each
+slice of D (about 10 ms per flagged block at V = 128k, D = 4096).
+"""
+
+# Triton's language is Python in syntax alone: checkers know neither its arguments nor its tensors.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .impls import TokenStats
+from .linear_logps_triton_gemm import CALL_INTS, FUSE, LOG2E, LOWEST, Logits, logit, slope_at
+
+ROWS = 16
+FIELDS = 5  # of a split's partial results: max, sum e, sum e (z - max), sum z, sum e^2
+MOST_SPLITS = 16
+# By the bytes of an operand's element: blocks that leave no stack frame on sm_80, sm_90 or sm_100.
+BLOCKS = {
+    2: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 32},
+    4: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 16},
+}
+BLOCK_D = {2: 128, 4: 64}
+WARPS = 8
+
+
+@triton.jit
+def _products(
+    hidden_ptr, weight_ptr, rows, row_ok, cols, V, D,
+    stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    w_rows = cols.to(tl.int64)
+    for k in range(0, D, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+        h = tl.load(at, mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
+        at = weight_ptr + w_rows[None, :] * stride_weight + ks[:, None] * stride_weight_k
+        w = tl.load(at, mask=(cols < V)[None, :] & (ks < D)[:, None], other=0.0)
+        acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _logits_of(
+    product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP: tl.constexpr
+):  # z and its slope; -inf past the vocabulary
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    z, slope = logit(product, bias, logit_scale, cap, SOFTCAP)
+    return tl.where((cols < V)[None, :], z, float("-inf")), slope
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _exact_sums_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    flag_ptr,
+    any_flag_ptr,
+    split_ptr,  # out: [FIELDS, n_splits, n_rows] fp32
+    n_rows,
+    n_splits,
+    V,
+    D,
+    stride_hidden,
+    stride_hidden_k,
+    stride_weight,
+    stride_weight_k,
+    logit_scale,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """What a flagged row sums to over its part of the vocabulary, relative to its maximum there."""
+    width = tl.cdiv(tl.cdiv(V, n_splits), BLOCK_V) * BLOCK_V
+    items = tl.cdiv(n_rows, BLOCK_N) * n_splits * tl.load(any_flag_ptr)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        split = item % n_splits
+        rows = (item // n_splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        flag = tl.load(flag_ptr + rows, mask=rows < n_rows, other=0) != 0
+        if tl.max(flag.to(tl.int32), 0) > 0:
+            target = tl.load(target_ptr + rows, mask=flag, other=-1)
+            top = tl.full((BLOCK_N,), -1e30, tl.float32)
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            weighted = tl.zeros((BLOCK_N,), tl.float32)
+            sum_z = tl.zeros((BLOCK_N,), tl.float32)
+            squares = tl.zeros((BLOCK_N,), tl.float32)
+            end = min(V, (split + 1) * width)
+            for first in range(split * width, end, BLOCK_V):
+                cols = first + tl.arange(0, BLOCK_V)
+                product = _products(
+                    hidden_ptr, weight_ptr, rows, flag, cols, V, D,
+                    stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
+                    BLOCK_N, BLOCK_V, BLOCK_K,
+                )  # fmt: skip
+                z, _ = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
+                sum_z += tl.sum(tl.where((cols < V)[None, :], z, 0.0), 1)
+                z = tl.where(cols[None, :] == target[:, None], float("-inf"), z)
+                new = tl.maximum(top, tl.max(z, 1))
+                fade = tl.exp2((top - new) * LOG2E)
+                d = z - new[:, None]
+                e = tl.exp2(d * LOG2E)
+                weighted = (weighted + total * (top - new)) * fade
+                weighted += tl.sum(e * tl.maximum(d, LOWEST), 1)
+                total = total * fade + tl.sum(e, 1)
+                squares = squares * fade * fade + tl.sum(e * e, 1)
+                top = new
+            field = tl.full((), n_splits, tl.int64) * n_rows
+            out = split_ptr + split.to(tl.int64) * n_rows + rows
+            tl.store(out, top, mask=flag)
+            tl.store(out + field, total, mask=flag)
+            tl.store(out + 2 * field, weighted, mask=flag)
+            tl.store(out + 3 * field, sum_z, mask=flag)
+            tl.store(out + 4 * field, squares, mask=flag)
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _exact_rows_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    z_ptr,
+    flag_ptr,
+    any_flag_ptr,
+    split_ptr,
+    logps_ptr,  # out, like those below, at flagged rows only: [n_rows]
+    share_ptr,
+    inverse_ptr,
+    lse_ptr,
+    grad_ptr,  # [n_rows, D], contiguous, or None
+    e_ptr,  # [n_rows, V] or None
+    entropy_ptr,
+    mean_ptr,
+    top1_ptr,
+    squares_ptr,
+    n_rows,
+    n_splits,
+    V,
+    D,
+    stride_hidden,
+    stride_hidden_k,
+    stride_weight,
+    stride_weight_k,
+    stride_e,
+    logit_scale,
+    cap,
+    slope,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Joins the splits; then d hidden (a slice of D per program) and E of the flagged rows.
+
+    Their E is p itself, so their factor for dW is 1 where other rows have 1 / (s_o + s_y).
+    """
+    slices = 1
+    if grad_ptr is not None:
+        slices = tl.cdiv(D, BLOCK_D)
+    items = tl.cdiv(n_rows, BLOCK_N) * slices * tl.load(any_flag_ptr)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        part = item % slices
+        rows = (item // slices).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        flag = tl.load(flag_ptr + rows, mask=rows < n_rows, other=0) != 0
+        if tl.max(flag.to(tl.int32), 0) > 0:
+            target = tl.load(target_ptr + rows, mask=flag, other=-1)
+            z_y = tl.load(z_ptr + rows, mask=flag, other=0.0)
+            splits = tl.arange(0, BLOCK_S)
+            mask = (splits < n_splits)[:, None] & flag[None, :]
+            at = split_ptr + splits.to(tl.int64)[:, None] * n_rows + rows[None, :]
+            field = tl.full((), n_splits, tl.int64) * n_rows
+            tops = tl.load(at, mask=mask, other=-1e30)
+            top = tl.max(tops, 0)
+            fade = tl.exp2((tops - top[None, :]) * LOG2E)
+            sums = tl.load(at + field, mask=mask, other=0.0)
+            total = tl.sum(sums * fade, 0)
+            # log-odds of "not y", and from them logp = -softplus
+            far = top + tl.log(total) - z_y
+            shrink = tl.exp2(-tl.abs(far) * LOG2E)
+            logp = -(tl.maximum(far, 0.0) + tl.log(1.0 + shrink))
+            lse = z_y - logp
+            share = tl.where(far > 0, 1.0, shrink) / (1.0 + shrink)
+            if part == 0:
+                tl.store(logps_ptr + rows, logp, mask=flag)
+                tl.store(share_ptr + rows, share, mask=flag)
+                tl.store(inverse_ptr + rows, tl.full((BLOCK_N,), 1.0, tl.float32), mask=flag)
+                tl.store(lse_ptr + rows, lse, mask=flag)
+                if STATS:
+                    weighted = tl.load(at + 2 * field, mask=mask, other=0.0)
+                    weighted += sums * tl.maximum(tops - top[None, :], LOWEST)
+                    weighted = tl.sum(weighted * fade, 0)
+                    entropy = share * (lse - top - weighted / total) - tl.exp2(logp * LOG2E) * logp
+                    tl.store(entropy_ptr + rows, entropy, mask=flag)
+                    sum_z = tl.sum(tl.load(at + 3 * field, mask=mask, other=0.0), 0)
+                    tl.store(mean_ptr + rows, sum_z / V, mask=flag)
+                    tl.store(top1_ptr + rows, (z_y > top).to(tl.int8), mask=flag)
+                    squares = tl.load(at + 4 * field, mask=mask, other=0.0)
+                    squares = tl.sum(squares * fade * fade, 0)
+                    squares = squares * tl.exp2((top - lse) * (2.0 * LOG2E))
+                    squares += tl.exp2(logp * (2.0 * LOG2E))
+                    tl.store(squares_ptr + rows, tl.log(squares), mask=flag)
+            if (grad_ptr is not None) or (e_ptr is not None):
+                ds = part * BLOCK_D + tl.arange(0, BLOCK_D)
+                acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                for first in range(0, V, BLOCK_V):
+                    cols = first + tl.arange(0, BLOCK_V)
+                    product = _products(
+                        hidden_ptr, weight_ptr, rows, flag, cols, V, D,
+                        stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
+                        BLOCK_N, BLOCK_V, BLOCK_K,
+                    )  # fmt: skip
+                    z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
+                    p = tl.exp2(tl.minimum(z - lse[:, None], 0.0) * LOG2E)
+                    p = tl.where(cols[None, :] == target[:, None], 0.0, p) * flat
+                    if e_ptr is not None:
+                        if part == 0:
+                            out = e_ptr + rows[:, None] * stride_e + cols[None, :]
+                            inside = flag[:, None] & (cols < V)[None, :]
+                            tl.store(out, p.to(e_ptr.dtype.element_ty), mask=inside)
+                    if grad_ptr is not None:
+                        w_at = weight_ptr + cols.to(tl.int64)[:, None] * stride_weight
+                        w_at += ds[None, :] * stride_weight_k
+                        w_mask = (cols < V)[:, None] & (ds < D)[None, :]
+                        w = tl.load(w_at, mask=w_mask, other=0.0)
+                        dtype = hidden_ptr.dtype.element_ty
+                        acc = tl.dot(p.to(dtype), w.to(dtype), acc, input_precision="ieee")
+                if grad_ptr is not None:
+                    y = tl.maximum(target, 0).to(tl.int64)
+                    w_at = weight_ptr + y[:, None] * stride_weight + ds[None, :] * stride_weight_k
+                    inside = flag[:, None] & (ds < D)[None, :]
+                    w = tl.load(w_at, mask=inside, other=0.0)
+                    w = w.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+                    at_y = (share * slope_at(z_y, cap, SOFTCAP))[:, None]
+                    grad = (slope * (at_y * w - acc)).to(grad_ptr.dtype.element_ty)
+                    tl.store(grad_ptr + rows[:, None] * D + ds[None, :], grad, mask=inside)
+
+
+def splits_of(n_tiles: int) -> int:
+    """Parts of the vocabulary that the first kernel sums apart."""
+    return min(MOST_SPLITS, n_tiles)
+
+
+def exact_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    z: Tensor,
+    flag: Tensor,
+    any_flag: Tensor,
+    scratch: Tensor,
+    logps: Tensor,
+    share: Tensor,
+    inverse: Tensor,
+    lse: Tensor,
+    grad: Tensor | None,
+    e: Tensor | None,
+    stats: TokenStats | None,
+    *,
+    logits: Logits,
+    splits: int,
+    programs: int,
+) -> None:
+    """Does flagged rows again: log-prob, d hidden, kept E [n, V], statistics.
+
+    `scratch` holds FIELDS * splits * n fp32.
+    """
+    (n, d), v = hidden.shape, weight.shape[0]
+    width = hidden.element_size()
+    blocks = {
+        **BLOCKS[width],
+        "SOFTCAP": logits.softcap,
+        "num_warps": WARPS,
+        "num_stages": 3,
+        **FUSE,
+    }
+    every = (None,) * 4
+    if stats is not None:
+        every = (stats.entropy, stats.mean_logits, stats.is_top1, stats.log_sum_sq_probs)
+    strides = (*hidden.stride(), *weight.stride())
+    _exact_sums_kernel[(programs,)](
+        hidden, weight, logits.bias, target, flag, any_flag, scratch,
+        n, splits, v, d, *strides, logits.scale, logits.cap, **blocks,
+    )  # fmt: skip
+    _exact_rows_kernel[(programs,)](
+        hidden, weight, logits.bias, target, z, flag, any_flag, scratch,
+        logps, share, inverse, lse, grad, e, *every,
+        n, splits, v, d, *strides, 0 if e is None else e.stride(0),
+        logits.scale, logits.cap, logits.slope,
+        BLOCK_D=BLOCK_D[width], BLOCK_S=MOST_SPLITS, STATS=stats is not None, **blocks,
+    )  # fmt: skip

@@ -1,0 +1,456 @@
+"""Triton: the GEMM of `linear_logps` with an exponential epilogue.
+
+E = exp(logits - reference) of a part of the vocabulary, written or only summed. One epilogue serves
+three kernels: operands by pointers, by tensor descriptors (TMA), or products of a library GEMM.
+fp32 accumulation; fp32 operands are multiplied as they are ("ieee": never rounded to TF32). Row
+offsets are int64 before they meet a stride. No atomics: every element has one writer.
+"""
+
+# Triton's language is Python in syntax alone: checkers know neither its arguments nor its tensors.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tuning import Gemm
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# E = 2^min((z - z_y) log2(e) - OFFSET, CLAMP): the target's own exponential is exactly 2^-OFFSET.
+# A row whose sum reaches FLAG may have met the clamp (some z - z_y > 99.8, so logp < -99.8); the
+# exact kernels do it again. At the clamp 2^18 columns sum to 2^104.5: neither the sums nor E @ W
+# come near overflow (2^127).
+OFFSET: tl.constexpr = tl.constexpr(58.0)
+CLAMP: tl.constexpr = tl.constexpr(86.5)
+FLAG: tl.constexpr = tl.constexpr(7.737125245533627e25)  # 2^86
+TARGET_E: tl.constexpr = tl.constexpr(3.469446951953614e-18)  # 2^-OFFSET
+
+# Fields of a tile's partial results, [field, tile, row]; without statistics only the first exists.
+SUM_E: tl.constexpr = tl.constexpr(0)  # sum of e, target excluded
+SUM_ED: tl.constexpr = tl.constexpr(1)  # sum of e (z - z_y)
+SUM_Z: tl.constexpr = tl.constexpr(2)  # sum of z
+MAX_Z: tl.constexpr = tl.constexpr(3)  # largest z, target included
+ARGMAX: tl.constexpr = tl.constexpr(4)  # its first column (bits of an int32)
+SUM_SQ: tl.constexpr = tl.constexpr(5)  # sum of exp(2 (z - MAX_Z))
+
+# A logit of -inf (a masked bias) has e = 0; its distance is cut here so that 0 * inf never happens.
+LOWEST: tl.constexpr = tl.constexpr(-1e4)
+
+# Arguments that change from call to call and must not compile a kernel anew (1, divisible by 16).
+CALL_INTS = ["n_rows", "first_col", "end_col", "first_tile", "n_tiles", "n_splits", "ignore_index"]
+# Said for every launch: Triton 3.9 warns that its default will change.
+FUSE = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """z of a raw product a: (a + bias) * scale, or cap * tanh((a + bias) * scale) if `softcap`.
+
+    `scale` and `cap` already hold the temperature; `slope` is dz/da at a = 0.
+    """
+
+    bias: Tensor | None
+    scale: float
+    cap: float
+    slope: float
+    softcap: bool
+
+    @staticmethod
+    def of(
+        bias: Tensor | None, softcap: float | None, scale: float, temperature: float
+    ) -> "Logits":
+        slope = scale / temperature
+        bias = None if bias is None else bias.contiguous()
+        if softcap is None:
+            return Logits(bias, slope, 1.0, slope, False)
+        return Logits(bias, scale / softcap, softcap / temperature, slope, True)
+
+
+@triton.jit
+def _tanh(x):
+    # Cephes' single-precision split: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
+    s = x * x
+    poly = -5.70498872745e-3 * s + 2.06390887954e-2
+    poly = poly * s - 5.37397155531e-2
+    poly = poly * s + 1.33314422036e-1
+    poly = poly * s - 3.33332819422e-1
+    a = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
+    return tl.where(a < 0.625, x + x * s * poly, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def logit(product, bias, logit_scale, cap, SOFTCAP: tl.constexpr):
+    """z, and dz/da as a share of its value at a = 0 (see `Logits`)."""
+    z = (product + bias) * logit_scale
+    slope = 1.0
+    if SOFTCAP:
+        t = _tanh(z)
+        z = t * cap
+        slope = 1.0 - t * t
+    return z, slope
+
+
+@triton.jit
+def slope_at(z, cap, SOFTCAP: tl.constexpr):
+    slope = 1.0
+    if SOFTCAP:
+        t = z / cap
+        slope = 1.0 - t * t
+    return slope
+
+
+@triton.jit
+def _tile_of(index, tiles_n, tiles_v, GROUP: tl.constexpr):
+    # GROUP row blocks by all column blocks, rows fastest: programs that run together share
+    # operands in L2.
+    per_group = GROUP * tiles_v
+    first = (index // per_group) * GROUP
+    height = min(tiles_n - first, GROUP)
+    inside = index % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _exponentials(
+    product,  # [BLOCK_N, BLOCK_V]
+    rows,  # [BLOCK_N] int64
+    cols,  # [BLOCK_V] int32, in the whole vocabulary
+    tile,  # which BLOCK_V of the vocabulary this is
+    n_rows,
+    end_col,
+    n_tiles,
+    ref_ptr,
+    target_ptr,
+    bias_ptr,
+    row_scale_ptr,
+    partial_ptr,
+    logit_scale,
+    cap,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """What E holds for this tile (if STORE); writes the tile's sums to `partial`.
+
+    With a `row_scale` (the gradient's second pass) ref is the log-sum-exp, E = row_scale * p, and
+    nothing is summed; without one ref is z_y. The target's column is 0, as are rows without target.
+    """
+    row_ok = rows < n_rows
+    col_ok = (cols < end_col)[None, :]
+    ref = tl.load(ref_ptr + rows, mask=row_ok, other=0.0)
+    target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < end_col, other=0.0).to(tl.float32)[None, :]
+    z, slope = logit(product, bias, logit_scale, cap, SOFTCAP)
+    d = z - ref[:, None]
+    if row_scale_ptr is None:
+        e = tl.exp2(tl.minimum(d * LOG2E - OFFSET, CLAMP))
+    else:
+        e = tl.exp2(tl.minimum(d * LOG2E, 0.0))
+    e = tl.where((cols[None, :] != target[:, None]) & (target >= 0)[:, None] & col_ok, e, 0.0)
+    if row_scale_ptr is None:
+        tl.store(partial_ptr + tile.to(tl.int64) * n_rows + rows, tl.sum(e, 1), mask=row_ok)
+        if STATS:
+            out = partial_ptr + (tile + SUM_ED * n_tiles).to(tl.int64) * n_rows + rows
+            tl.store(out, tl.sum(e * tl.maximum(d, LOWEST), 1), mask=row_ok)
+            out = partial_ptr + (tile + SUM_Z * n_tiles).to(tl.int64) * n_rows + rows
+            tl.store(out, tl.sum(tl.where(col_ok, z, 0.0), 1), mask=row_ok)
+            inside = tl.where(col_ok, z, float("-inf"))
+            top, column = tl.max(inside, 1, return_indices=True)
+            out = partial_ptr + (tile + MAX_Z * n_tiles).to(tl.int64) * n_rows + rows
+            tl.store(out, top, mask=row_ok)
+            column = column.to(tl.int32) + tl.min(cols, 0)
+            out = partial_ptr + (tile + ARGMAX * n_tiles).to(tl.int64) * n_rows + rows
+            tl.store(out, column.to(tl.float32, bitcast=True), mask=row_ok)
+            square = tl.exp2((inside - tl.maximum(top, -1e30)[:, None]) * (2.0 * LOG2E))
+            out = partial_ptr + (tile + SUM_SQ * n_tiles).to(tl.int64) * n_rows + rows
+            tl.store(out, tl.sum(square, 1), mask=row_ok)
+    if STORE:
+        e = e * slope
+        if row_scale_ptr is not None:
+            e = e * tl.load(row_scale_ptr + rows, mask=row_ok, other=0.0)[:, None]
+    return e
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _exp_gemm_kernel(
+    hidden_ptr,  # [n_rows, D]
+    weight_ptr,  # [end_col - first_col, D], the same dtype
+    e_ptr,  # [n_rows, end_col - first_col] or None
+    ref_ptr,  # [n_rows] fp32
+    target_ptr,  # [n_rows] int32, -1: no target
+    bias_ptr,  # [V] or None
+    row_scale_ptr,  # [n_rows] fp32 or None
+    partial_ptr,  # [fields, n_tiles, n_rows] fp32 or None
+    n_rows,
+    first_col,
+    end_col,
+    first_tile,
+    n_tiles,
+    D,
+    stride_hidden,
+    stride_weight,
+    stride_e,
+    logit_scale,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One tile of E per program, operands by pointers: any dtype, any alignment."""
+    tiles_n = tl.cdiv(n_rows, BLOCK_N)
+    tiles_v = tl.cdiv(end_col - first_col, BLOCK_V)
+    block_n, block_v = _tile_of(tl.program_id(0), tiles_n, tiles_v, GROUP)
+    rows = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = first_col + block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    # Rows and columns past the end read the last one again: no mask in the loop, and their
+    # results are dropped.
+    h_rows = tl.minimum(rows, n_rows - 1)
+    w_rows = tl.minimum(cols, end_col - 1).to(tl.int64) - first_col
+    ks = tl.arange(0, BLOCK_K)
+    h_ptrs = hidden_ptr + h_rows[:, None] * stride_hidden + ks[None, :]
+    w_ptrs = weight_ptr + w_rows[None, :] * stride_weight + ks[:, None]
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if EVEN_K:
+            h = tl.load(h_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            h = tl.load(h_ptrs, mask=(ks < D - k)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(ks < D - k)[:, None], other=0.0)
+        product = tl.dot(h, w, product, input_precision="ieee")
+        h_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    e = _exponentials(
+        product, rows, cols, first_tile + block_v, n_rows, end_col, n_tiles,
+        ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
+        SOFTCAP, STATS, e_ptr is not None,
+    )  # fmt: skip
+    if e_ptr is not None:
+        out = e_ptr + rows[:, None] * stride_e + (cols - first_col)[None, :]
+        inside = (rows < n_rows)[:, None] & (cols < end_col)[None, :]
+        tl.store(out, e.to(e_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _descriptor_tile(
+    index, hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr, row_scale_ptr,
+    partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D, logit_scale, cap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr, STATS: tl.constexpr, E_DTYPE: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(n_rows, BLOCK_N)
+    tiles_v = tl.cdiv(end_col - first_col, BLOCK_V)
+    block_n, block_v = _tile_of(index, tiles_n, tiles_v, GROUP)
+    row = block_n * BLOCK_N
+    col = block_v * BLOCK_V
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        h = hidden_desc.load([row, k])
+        w = weight_desc.load([col, k])
+        product = tl.dot(h, w.T, product)
+    e = _exponentials(
+        product, row.to(tl.int64) + tl.arange(0, BLOCK_N), first_col + col + tl.arange(0, BLOCK_V),
+        first_tile + block_v, n_rows, end_col, n_tiles,
+        ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
+        SOFTCAP, STATS, e_desc is not None,
+    )  # fmt: skip
+    if e_desc is not None:
+        e_desc.store([row, col], e.to(E_DTYPE))
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _exp_gemm_descriptor_kernel(
+    hidden_desc,  # [n_rows, D] in blocks [BLOCK_N, BLOCK_K]
+    weight_desc,  # [end_col - first_col, D] in blocks [BLOCK_V, BLOCK_K]
+    e_desc,  # [n_rows, end_col - first_col] in blocks [BLOCK_N, BLOCK_V], or None
+    ref_ptr,
+    target_ptr,
+    bias_ptr,
+    row_scale_ptr,
+    partial_ptr,
+    n_rows,
+    first_col,
+    end_col,
+    first_tile,
+    n_tiles,
+    D,
+    logit_scale,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    E_DTYPE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """The same, operands by tensor descriptors (TMA): 16-bit, rows on 16-byte boundaries.
+
+    PERSISTENT: program i takes tiles i, i + grid, ... in one flattened loop, so that a tile's loads
+    overlap the epilogue of the tile before. Otherwise a program has one tile, E's shared memory
+    lies over the operands', and two programs fit on a multiprocessor and overlap each other.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(n_rows, BLOCK_N) * tl.cdiv(end_col - first_col, BLOCK_V)
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _descriptor_tile(
+                index, hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr,
+                row_scale_ptr, partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D,
+                logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, GROUP, SOFTCAP, STATS, E_DTYPE,
+            )  # fmt: skip
+    else:
+        _descriptor_tile(
+            tl.program_id(0), hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr,
+            row_scale_ptr, partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D,
+            logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, GROUP, SOFTCAP, STATS, E_DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _exp_tile_kernel(
+    product_ptr,  # [n_rows, end_col - first_col] fp32
+    e_ptr,  # the same shape, or None; may be `product` itself
+    ref_ptr,
+    target_ptr,
+    bias_ptr,
+    row_scale_ptr,
+    partial_ptr,
+    n_rows,
+    first_col,
+    end_col,
+    first_tile,
+    n_tiles,
+    stride_product,
+    stride_e,
+    logit_scale,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """The epilogue alone, on the products of a library GEMM."""
+    block_v = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = first_col + block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (rows < n_rows)[:, None] & (cols < end_col)[None, :]
+    at = product_ptr + rows[:, None] * stride_product + (cols - first_col)[None, :]
+    e = _exponentials(
+        tl.load(at, mask=inside, other=0.0), rows, cols, first_tile + block_v,
+        n_rows, end_col, n_tiles,
+        ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
+        SOFTCAP, STATS, e_ptr is not None,
+    )  # fmt: skip
+    if e_ptr is not None:
+        out = e_ptr + rows[:, None] * stride_e + (cols - first_col)[None, :]
+        tl.store(out, e.to(e_ptr.dtype.element_ty), mask=inside)
+
+
+TILE_ROWS = 8  # rows per program of the epilogue alone
+
+
+def exp_gemm(
+    hidden: Tensor,
+    weight: Tensor,
+    e: Tensor | None,
+    ref: Tensor,
+    target: Tensor,
+    row_scale: Tensor | None,
+    partial: Tensor | None,
+    *,
+    first_col: int,
+    n_tiles: int,
+    logits: Logits,
+    stats: bool,
+    gemm: Gemm,
+    programs: int,
+) -> None:
+    """E of `hidden` [n, D] and `weight` [c, D], the vocabulary from `first_col` on, in one GEMM.
+
+    Writes E [n, c] if given, and each tile's sums to `partial` [fields, n_tiles, n] (or, with
+    `row_scale` [n], E = row_scale * exp(z - ref) and no sums). Descriptors need 16-bit operands
+    and 16-byte aligned rows; `programs` bounds a persistent grid.
+    """
+    n, d = hidden.shape
+    c = weight.shape[0]
+    tiles = triton.cdiv(n, gemm.block_n) * triton.cdiv(c, gemm.block_v)
+    shared = (ref, target, logits.bias, row_scale, partial, n, first_col, first_col + c)
+    shared += (first_col // gemm.block_v, n_tiles, d)
+    constants = {
+        "BLOCK_N": gemm.block_n,
+        "BLOCK_V": gemm.block_v,
+        "BLOCK_K": gemm.block_k,
+        "GROUP": gemm.group,
+        "SOFTCAP": logits.softcap,
+        "STATS": stats,
+        "num_warps": gemm.warps,
+        "num_stages": gemm.stages,
+        **FUSE,
+    }
+    if gemm.loads == "pointer":
+        _exp_gemm_kernel[(tiles,)](
+            hidden, weight, e, *shared,
+            hidden.stride(0), weight.stride(0), 0 if e is None else e.stride(0),
+            logits.scale, logits.cap, EVEN_K=d % gemm.block_k == 0, **constants,
+        )  # fmt: skip
+        return
+    persistent = gemm.loads == "persistent"
+    e_desc = None
+    if e is not None:
+        e_desc = TensorDescriptor.from_tensor(e, [gemm.block_n, gemm.block_v])
+    _exp_gemm_descriptor_kernel[(min(tiles, programs) if persistent else tiles,)](
+        TensorDescriptor.from_tensor(hidden, [gemm.block_n, gemm.block_k]),
+        TensorDescriptor.from_tensor(weight, [gemm.block_v, gemm.block_k]),
+        e_desc, *shared, logits.scale, logits.cap,
+        E_DTYPE=tl.bfloat16, PERSISTENT=persistent, **constants,
+    )  # fmt: skip
+
+
+def exp_tile(
+    product: Tensor,
+    e: Tensor | None,
+    ref: Tensor,
+    target: Tensor,
+    row_scale: Tensor | None,
+    partial: Tensor | None,
+    *,
+    first_col: int,
+    n_tiles: int,
+    logits: Logits,
+    stats: bool,
+    block_v: int,
+) -> None:
+    """As `exp_gemm`, from `product` [n, c] = hidden @ weight.T in fp32; `e` may be `product`."""
+    n, c = product.shape
+    _exp_tile_kernel[(triton.cdiv(n, TILE_ROWS), triton.cdiv(c, block_v))](
+        product, e, ref, target, logits.bias, row_scale, partial,
+        n, first_col, first_col + c, first_col // block_v, n_tiles,
+        product.stride(0), 0 if e is None else e.stride(0), logits.scale, logits.cap,
+        BLOCK_N=TILE_ROWS, BLOCK_V=block_v, SOFTCAP=logits.softcap, STATS=stats,
+        num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether these matrices can be read through tensor descriptors."""
+    return all(
+        t.dtype in (torch.float16, torch.bfloat16)
+        and t.stride(1) == 1
+        and t.stride(0) % 8 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )

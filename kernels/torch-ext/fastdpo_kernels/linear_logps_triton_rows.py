@@ -1,0 +1,419 @@
+"""Triton: the kernels of `linear_logps` that see one row of hidden, or one row of dW, at a time.
+
+Target logits before the GEMMs; log-probs and d hidden after them; the operands and the target rows
+of dW. All are bound by memory and small beside the GEMMs.
+"""
+
+# Triton's language is Python in syntax alone: checkers know neither its arguments nor its tensors.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .impls import TokenStats
+from .linear_logps_triton_gemm import (
+    ARGMAX,
+    CALL_INTS,
+    FLAG,
+    FUSE,
+    LOG2E,
+    MAX_Z,
+    OFFSET,
+    SUM_ED,
+    SUM_SQ,
+    SUM_Z,
+    TARGET_E,
+    Logits,
+    logit,
+    slope_at,
+)
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log1p(x):
+    # log(w) x / (w - 1) with w = 1 + x rounded: w's rounding error cancels (Kahan).
+    w = 1.0 + x
+    tiny = w == 1.0
+    return tl.where(tiny, x, tl.log(w) * (x / tl.where(tiny, 1.0, w - 1.0)))
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _target_logits_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,  # [n_rows] int64
+    target_ptr,  # out: [n_rows] int32, the target, -1 where there is none
+    z_ptr,  # out: [n_rows] fp32, z_y, 0 where there is no target
+    n_rows,
+    ignore_index,
+    V,
+    D,
+    stride_hidden,
+    stride_hidden_k,
+    stride_weight,
+    stride_weight_k,
+    logit_scale,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < n_rows
+    y = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
+    has = row_ok & (y != ignore_index) & (y >= 0) & (y < V)
+    y = tl.where(has, y, 0)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        mask = has[:, None] & (ks < D)[None, :]
+        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+        h = tl.load(at, mask=mask, other=0.0)
+        at = weight_ptr + y[:, None] * stride_weight + ks[None, :] * stride_weight_k
+        w = tl.load(at, mask=mask, other=0.0)
+        acc += h.to(tl.float32) * w.to(h.dtype).to(tl.float32)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + y, mask=has, other=0.0).to(tl.float32)
+    z, _ = logit(tl.sum(acc, 1), bias, logit_scale, cap, SOFTCAP)
+    tl.store(z_ptr + rows, tl.where(has, z, 0.0), mask=row_ok)
+    tl.store(target_ptr + rows, tl.where(has, y, -1).to(tl.int32), mask=row_ok)
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _row_sums_kernel(
+    partial_ptr,  # [fields, n_tiles, n_rows]
+    z_ptr,
+    target_ptr,
+    logps_ptr,  # out, like those below: [n_rows] fp32
+    share_ptr,  # 1 - p_y
+    inverse_ptr,  # 1 / (s_o + s_y)
+    lse_ptr,
+    flag_ptr,  # int32: the exact kernels have to do this row
+    any_flag_ptr,  # [1] int32, becomes 1 if any row is flagged
+    entropy_ptr,
+    mean_ptr,
+    top1_ptr,  # int8
+    squares_ptr,
+    n_rows,
+    n_tiles,
+    V,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Sums the tiles of a row in the order of the vocabulary, and finishes its log-prob.
+
+    The running sum carries its rounding error along (two-sum): many tiles add no error of their
+    own, and the result does not depend on how the vocabulary was chunked.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < n_rows
+    z = tl.load(z_ptr + rows, mask=row_ok, other=0.0)
+    target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    error = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    sum_z = tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), -1e30, tl.float32)
+    column = tl.zeros((BLOCK_N,), tl.int32)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, n_tiles, BLOCK_T):
+        tiles = first + tl.arange(0, BLOCK_T)
+        mask = (tiles < n_tiles)[:, None] & row_ok[None, :]
+        at = partial_ptr + tiles.to(tl.int64)[:, None] * n_rows + rows[None, :]
+        part = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        new = total + part
+        back = new - total
+        error += (total - (new - back)) + (part - back)
+        total = new
+        if STATS:
+            field = tl.full((), n_tiles, tl.int64) * n_rows
+            weighted += tl.sum(tl.load(at + SUM_ED * field, mask=mask, other=0.0), 0)
+            sum_z += tl.sum(tl.load(at + SUM_Z * field, mask=mask, other=0.0), 0)
+            tops = tl.load(at + MAX_Z * field, mask=mask, other=-1e30)
+            best = tl.max(tops, 0)
+            bits = tl.load(at + ARGMAX * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+            at_best = tl.min(tl.where(tops == best[None, :], bits, 2147483647), 0)
+            column = tl.where(best > top, at_best, column)
+            both = tl.maximum(best, top)
+            sq = tl.load(at + SUM_SQ * field, mask=mask, other=0.0)
+            sq = tl.sum(sq * tl.exp2((tops - both[None, :]) * (2.0 * LOG2E)), 0)
+            squares = squares * tl.exp2((top - both) * (2.0 * LOG2E)) + sq
+            top = both
+    s_o = total + error
+    has = target >= 0
+    # -log1p(s_o / s_y); where that quotient leaves fp32, the same by logarithms
+    far = tl.log(s_o) + OFFSET * LN2
+    logp = -tl.where(s_o < 1e18, _log1p(s_o * (1.0 / TARGET_E)), far)
+    inverse = 1.0 / (s_o + TARGET_E)
+    flag = has & (s_o >= FLAG)
+    tl.store(logps_ptr + rows, tl.where(has, logp, 0.0), mask=row_ok)
+    tl.store(share_ptr + rows, tl.where(has, s_o * inverse, 0.0), mask=row_ok)
+    tl.store(inverse_ptr + rows, tl.where(has, inverse, 0.0), mask=row_ok)
+    tl.store(lse_ptr + rows, tl.where(has, z - logp, 0.0), mask=row_ok)
+    tl.store(flag_ptr + rows, flag.to(tl.int32), mask=row_ok)
+    tl.store(any_flag_ptr + rows * 0, tl.full((BLOCK_N,), 1, tl.int32), mask=flag & row_ok)
+    if STATS:
+        # -sum p log p with log p_v = (z_v - z_y) + logp
+        tl.store(entropy_ptr + rows, tl.where(has, -logp - weighted * inverse, 0.0), mask=row_ok)
+        tl.store(mean_ptr + rows, tl.where(has, sum_z / V, 0.0), mask=row_ok)
+        tl.store(top1_ptr + rows, (has & (column == target)).to(tl.int8), mask=row_ok)
+        log_squares = tl.log(squares) + 2.0 * (top - (z - logp))
+        tl.store(squares_ptr + rows, tl.where(has, log_squares, 0.0), mask=row_ok)
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _hidden_grad_kernel(
+    product_ptr,  # [n_splits, n_rows, D] fp32: E @ W in parts
+    weight_ptr,
+    target_ptr,
+    z_ptr,
+    share_ptr,
+    inverse_ptr,
+    out_ptr,  # [n_rows, D], contiguous
+    n_rows,
+    n_splits,
+    D,
+    stride_weight,
+    stride_weight_k,
+    slope,
+    cap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """slope * ((1 - p_y) slope_y W[y] - (E @ W) / (s_o + s_y)); 0 where there is no target."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_ok = rows < n_rows
+    target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
+    has = target >= 0
+    z = tl.load(z_ptr + rows, mask=row_ok, other=0.0)
+    share = tl.load(share_ptr + rows, mask=row_ok, other=0.0) * slope_at(z, cap, SOFTCAP)
+    inverse = tl.load(inverse_ptr + rows, mask=row_ok, other=0.0)
+    mask = has[:, None] & (ks < D)[None, :]
+    at = rows[:, None] * D + ks[None, :]
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for split in range(0, n_splits):
+        part = tl.full((), split, tl.int64) * n_rows * D
+        product += tl.load(product_ptr + part + at, mask=mask, other=0.0)
+    y = tl.maximum(target, 0).to(tl.int64)
+    w_at = weight_ptr + y[:, None] * stride_weight + ks[None, :] * stride_weight_k
+    w = tl.load(w_at, mask=mask, other=0.0).to(out_ptr.dtype.element_ty).to(tl.float32)
+    grad = slope * (share[:, None] * w - inverse[:, None] * product)
+    grad = tl.where(has[:, None], grad, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, grad, mask=row_ok[:, None] & (ks < D)[None, :])
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _dw_operand_kernel(
+    hidden_ptr,
+    target_ptr,
+    factor_ptr,  # [n_rows] fp32 or None
+    out_ptr,  # [n_rows, D], contiguous
+    n_rows,
+    D,
+    stride_hidden,
+    stride_hidden_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden, times a factor per row, in the dtype of the GEMM; 0 where there is no target, NaN or
+    not."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_ok = rows < n_rows
+    has = tl.load(target_ptr + rows, mask=row_ok, other=-1) >= 0
+    inside = (ks < D)[None, :]
+    at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+    h = tl.load(at, mask=has[:, None] & inside, other=0.0)
+    if factor_ptr is not None:
+        h = h.to(tl.float32) * tl.load(factor_ptr + rows, mask=has, other=0.0)[:, None]
+    out = out_ptr + rows[:, None] * D + ks[None, :]
+    tl.store(out, h.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _target_rows_kernel(
+    sorted_ptr,  # [n_rows] int32, the targets in order
+    order_ptr,  # [n_rows] int64, whose they are
+    coefficient_ptr,  # [n_rows] fp32
+    hidden_ptr,
+    dw_ptr,  # [V, D], contiguous
+    db_ptr,  # [V] fp32 or None
+    n_rows,
+    D,
+    stride_hidden,
+    stride_hidden_k,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dW[y] += sum of coefficient * hidden over the rows whose target is y, in the order of rows.
+
+    Program i does the run of equal targets that starts at i; it has nothing to do if none does.
+    """
+    first = tl.program_id(0).to(tl.int64)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = ks < D
+    y = tl.load(sorted_ptr + first)
+    before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
+    if (y >= 0) & (y != before):
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        bias_total = 0.0
+        at = first + tl.arange(0, BLOCK_R)
+        same = tl.load(sorted_ptr + at, mask=at < n_rows, other=-1) == y
+        while tl.max(same.to(tl.int32), 0) > 0:
+            row = tl.load(order_ptr + at, mask=same, other=0)
+            c = tl.load(coefficient_ptr + row, mask=same, other=0.0)
+            h_at = hidden_ptr + row[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+            h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            total += tl.sum(h * c[:, None], 0)
+            bias_total += tl.sum(c, 0)
+            at += BLOCK_R
+            same = tl.load(sorted_ptr + at, mask=at < n_rows, other=-1) == y
+        out = dw_ptr + y.to(tl.int64) * D + ks
+        old = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out, (old + total).to(dw_ptr.dtype.element_ty), mask=inside)
+        if db_ptr is not None:
+            if tl.program_id(1) == 0:
+                tl.store(db_ptr + y, tl.load(db_ptr + y) + bias_total)
+
+
+@triton.jit(do_not_specialize=CALL_INTS)
+def _column_sums_kernel(
+    e_ptr,  # [n_rows, end_col]
+    factor_ptr,  # [n_rows] fp32 or None
+    out_ptr,  # [end_col] fp32
+    n_rows,
+    end_col,
+    stride_e,
+    ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out[v] (+)= sum over rows of factor * E."""
+    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = cols < end_col
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(0, n_rows, BLOCK_R):
+        rows = tl.full((), first, tl.int64) + tl.arange(0, BLOCK_R)
+        row_ok = rows < n_rows
+        at = e_ptr + rows[:, None] * stride_e + cols[None, :]
+        e = tl.load(at, mask=row_ok[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            e = e * tl.load(factor_ptr + rows, mask=row_ok, other=0.0)[:, None]
+        total += tl.sum(e, 0)
+    if ADD:
+        total += tl.load(out_ptr + cols, mask=inside, other=0.0)
+    tl.store(out_ptr + cols, total, mask=inside)
+
+
+def target_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    target: Tensor,
+    z: Tensor,
+    *,
+    ignore_index: int,
+    logits: Logits,
+) -> None:
+    """Writes the target [N] int32 (-1: none) and its logit z [N] of every row."""
+    n, d = hidden.shape
+    _target_logits_kernel[(triton.cdiv(n, 4),)](
+        hidden, weight, logits.bias, targets, target, z,
+        n, ignore_index, weight.shape[0], d, *hidden.stride(), *weight.stride(),
+        logits.scale, logits.cap,
+        BLOCK_N=4, BLOCK_K=_width(d, 512), SOFTCAP=logits.softcap, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def row_sums(
+    partial: Tensor,
+    z: Tensor,
+    target: Tensor,
+    logps: Tensor,
+    share: Tensor,
+    inverse: Tensor,
+    lse: Tensor,
+    flag: Tensor,
+    any_flag: Tensor,
+    stats: TokenStats | None,
+    *,
+    v: int,
+) -> None:
+    """From the tiles' sums `partial` [fields, tiles, n] to everything about n rows; see the kernel.
+
+    `stats` holds the tensors to fill, all four of them.
+    """
+    n = len(z)
+    every = (None,) * 4
+    if stats is not None:
+        every = (stats.entropy, stats.mean_logits, stats.is_top1, stats.log_sum_sq_probs)
+    _row_sums_kernel[(triton.cdiv(n, 32),)](
+        partial, z, target, logps, share, inverse, lse, flag, any_flag, *every,
+        n, partial.shape[1], v,
+        BLOCK_N=32, BLOCK_T=16, STATS=stats is not None, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def hidden_grad(
+    product: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    z: Tensor,
+    share: Tensor,
+    inverse: Tensor,
+    out: Tensor,
+    *,
+    logits: Logits,
+) -> None:
+    """d logp / d hidden [n, D] from `product` [splits, n, D], E @ W in parts."""
+    n, d = out.shape
+    width = _width(d, 256)
+    _hidden_grad_kernel[(triton.cdiv(n, 8), triton.cdiv(d, width))](
+        product, weight, target, z, share, inverse, out,
+        n, product.shape[0], d, *weight.stride(), logits.slope, logits.cap,
+        BLOCK_N=8, BLOCK_K=width, SOFTCAP=logits.softcap, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def dw_operand(hidden: Tensor, target: Tensor, factor: Tensor | None, out: Tensor) -> None:
+    """out [n, D] = factor * hidden, 0 where there is no target."""
+    n, d = hidden.shape
+    width = _width(d, 512)
+    _dw_operand_kernel[(triton.cdiv(n, 4), triton.cdiv(d, width))](
+        hidden, target, factor, out, n, d, *hidden.stride(),
+        BLOCK_N=4, BLOCK_K=width, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def add_target_rows(
+    target: Tensor, coefficient: Tensor, hidden: Tensor, dw: Tensor, db: Tensor | None
+) -> None:
+    """dW[target_n] += coefficient_n hidden_n (db likewise): sorted, one writer per row of dW."""
+    (n, d), width = hidden.shape, _width(hidden.shape[1], 512)
+    ordered, order = target.sort(stable=True)
+    _target_rows_kernel[(n, triton.cdiv(d, width))](
+        ordered, order, coefficient, hidden, dw, db, n, d, *hidden.stride(),
+        BLOCK_R=8, BLOCK_K=width, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def column_sums(e: Tensor, factor: Tensor | None, out: Tensor, *, add: bool) -> None:
+    """out [c] (+)= sum over the rows of `e` [n, c] of factor * e."""
+    n, c = e.shape
+    _column_sums_kernel[(triton.cdiv(c, 64),)](
+        e, factor, out, n, c, e.stride(0),
+        ADD=add, BLOCK_R=64, BLOCK_V=64, num_warps=4, **FUSE,
+    )  # fmt: skip
+
+
+def _width(d: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(d)))

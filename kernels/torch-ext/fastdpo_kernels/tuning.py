@@ -1,0 +1,486 @@
+"""How `linear_logps_triton` divides its work: tiles by architecture, and the choice among them.
+
+A `Gemm` is one row of a table; a `Variant` adds what else can be chosen; a `Plan` is a variant
+fitted to a size and a workspace. On a GPU variants are timed on the first call of a kind, for a few
+seconds at most, and the winner is kept on disk; without measurements (and under
+`torch.use_deterministic_algorithms`, where a run's bits must not hang on timings) the first row of
+the table is taken. No kernel is known here: the caller passes what is to be timed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("fastdpo_kernels")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A tile of the exponential GEMM: rows of hidden x columns of the vocabulary x depth.
+
+    `loads`: "pointer"; "descriptor" (TMA); "persistent" (TMA, one program per multiprocessor).
+    """
+
+    block_n: int
+    block_v: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    loads: str = "pointer"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`library`: a library GEMM writes fp32 products and the epilogue is a kernel of its own.
+    `share`: part of the workspace that E may take. `splits`: parts of the vocabulary that the
+    second GEMM sums apart, for more output tiles."""
+
+    gemm: Gemm
+    library: bool = False
+    share: float = 1.0
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A variant with its chunk of tokens (`rows`) and of the vocabulary (`cols`)."""
+
+    variant: Variant
+    rows: int
+    cols: int
+    bytes: int  # of the buffer that a call works in
+
+
+@dataclass(frozen=True)
+class Device:
+    """`flops` (16-bit, dense) and `bandwidth` per second are the vendor's; only ratios matter."""
+
+    name: str
+    arch: str
+    sms: int
+    flops: float
+    bandwidth: float
+
+
+# The first row of each table is the default. Kinds: "half" 16-bit operands; "rich" the same with a
+# bias or a softcap in the epilogue; "stats" with all statistics (these two take more registers, so
+# they get smaller tiles); "float32" multiplied as fp32. Rows with descriptors are passed over where
+# operands are not aligned to 16 bytes: every table has a "pointer" row.
+_AMPERE = {
+    "half": (
+        Gemm(128, 128, 32, 4, 4),
+        Gemm(128, 256, 32, 8, 3),
+        Gemm(128, 128, 32, 8, 4),
+    ),
+    "rich": (Gemm(128, 128, 32, 8, 4), Gemm(64, 128, 32, 4, 4)),
+    "stats": (Gemm(64, 64, 64, 4, 3),),
+    "float32": (Gemm(64, 64, 32, 8, 3), Gemm(128, 64, 16, 8, 3)),
+}
+_HOPPER = {
+    "half": (
+        Gemm(128, 256, 64, 8, 3, loads="persistent"),
+        Gemm(128, 256, 64, 8, 4, loads="descriptor"),
+        Gemm(128, 128, 64, 4, 3, loads="descriptor"),
+        Gemm(128, 128, 64, 8, 3),
+    ),
+    "rich": (
+        Gemm(128, 128, 64, 8, 3, loads="descriptor"),
+        Gemm(128, 128, 64, 8, 3, loads="persistent"),
+        Gemm(128, 128, 64, 8, 3),
+    ),
+    "stats": (Gemm(128, 64, 64, 8, 3, loads="descriptor"), Gemm(64, 64, 64, 4, 3)),
+    "float32": _AMPERE["float32"],
+}
+TABLES: dict[str, dict[str, tuple[Gemm, ...]]] = {
+    "sm80": _AMPERE,
+    "sm86": _AMPERE,
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
+    "sm120": _AMPERE,
+    "interpreter": {
+        kind: (Gemm(32, 64, 32, 4, 2), Gemm(32, 64, 32, 4, 2, loads="persistent"))
+        for kind in ("half", "rich", "stats", "float32")
+    },
+}
+
+# flops per multiprocessor and second, bytes per second
+_SPEEDS = {
+    "sm80": (2.9e12, 1.8e12),
+    "sm86": (1.2e12, 0.9e12),
+    "sm90": (6.5e12, 3.8e12),
+    "sm100": (14e12, 7.5e12),
+    "sm120": (2.6e12, 1.6e12),
+}
+_LAUNCH = 6e-6  # seconds between two kernels
+
+
+@functools.cache
+def describe(index: int | None) -> Device:
+    """The CUDA device with this index, or (None) Triton's interpreter."""
+    if index is None:
+        return Device("interpreter", "interpreter", 4, 1e9, 1e9)
+    properties = torch.cuda.get_device_properties(index)
+    major, minor = properties.major, properties.minor
+    arch = {8: "sm80" if minor == 0 else "sm86", 9: "sm90", 10: "sm100"}.get(major, "sm120")
+    flops, bandwidth = _SPEEDS[arch]
+    sms = properties.multi_processor_count
+    return Device(properties.name, arch, sms, flops * sms, bandwidth)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be done, as far as the division of work depends on it.
+
+    `work` is "sums" (log-probs alone), "hidden" (with d hidden) or "weight" (dW, in the backward
+    pass). `float32`: the operands' dtype, else 16-bit. `*_copy`: bytes per row or column of
+    operands that are converted chunk by chunk. `kept`: E stays from the forward pass ("weight":
+    is there already). `direct`: dW needs no fp32 accumulator as long as all rows are in one chunk.
+    `rich`: bias or softcap. `fields`: partial results per row and tile.
+    """
+
+    work: str
+    n: int
+    d: int
+    v: int
+    float32: bool
+    rich: bool
+    fields: int
+    row_copy: int
+    col_copy: int
+    kept: bool
+    direct: bool
+    aligned: bool
+    workspace: int
+
+    @property
+    def kind(self) -> str:
+        if self.float32:
+            return "float32"
+        return "stats" if self.fields > 1 else "rich" if self.rich else "half"
+
+    @property
+    def e_bytes(self) -> int:
+        return 4 if self.float32 else 2
+
+
+def kept_bytes(problem: Problem) -> int:
+    """Bytes of E over the whole vocabulary."""
+    return problem.n * round_up(problem.v, 8) * problem.e_bytes
+
+
+def table(problem: Problem, device: Device) -> tuple[Gemm, ...]:
+    """The tiles that may serve, the default first."""
+    rows = TABLES[device.arch][problem.kind]
+    described = problem.aligned and not problem.float32
+    return tuple(row for row in rows if described or row.loads == "pointer")
+
+
+def default_variant(problem: Problem, device: Device) -> Variant:
+    """What is used where nothing was measured.
+
+    fp32 takes the library's GEMM: Triton's IEEE fp32 dot uses no tensor core and pipelines poorly.
+    """
+    gemm = table(problem, device)[0]
+    library = problem.float32 and device.arch != "interpreter"
+    return Variant(gemm, library=library, splits=_splits(problem, device))
+
+
+def _splits(problem: Problem, device: Device) -> int:
+    """Enough parts of the second GEMM to give every multiprocessor a 128 x 128 output tile."""
+    if problem.work != "hidden" or problem.n > 1024:
+        return 1
+    tiles = math.ceil(problem.n / 128) * math.ceil(problem.d / 128)
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= device.sms:
+        splits *= 2
+    return splits
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
+    """Fits the variant: the chunks that cost least by a roofline, within the workspace.
+
+    Raises ValueError if not even the smallest chunks fit.
+    """
+    best: tuple[float, Plan] | None = None
+    least = None
+    beside = 64 * problem.n + (kept_bytes(problem) if problem.kept else 0)  # vectors [N], E
+    for rows in _steps(problem.n, variant.gemm.block_n, 16):
+        for cols in _steps(problem.v, variant.gemm.block_v, variant.gemm.block_v):
+            size = footprint(problem, variant, rows, cols)
+            least = beside + size if least is None else min(least, beside + size)
+            if beside + size > problem.workspace:
+                continue
+            if variant.share < 1 and cols > variant.gemm.block_v:
+                e = rows * cols * problem.e_bytes
+                if e > variant.share * problem.workspace:
+                    continue
+            cost = roofline(problem, variant, device, rows, cols)
+            if best is None or cost < best[0]:
+                best = (cost, Plan(variant, rows, cols, size))
+    if best is None:
+        raise ValueError(
+            f"linear_logps: workspace_bytes={problem.workspace} is too small for N={problem.n}, "
+            f"D={problem.d}, V={problem.v}: the smallest chunks take {least} bytes; raise "
+            "workspace_bytes"
+        )
+    return best[1]
+
+
+def footprint(problem: Problem, variant: Variant, rows: int, cols: int) -> int:
+    """Bytes of the buffer that chunks of `rows` x `cols` work in."""
+    n_tiles = math.ceil(problem.v / variant.gemm.block_v)
+    wide = round_up(cols, 8)
+    size = rows * problem.row_copy + cols * problem.col_copy
+    size += 8 * 256  # each buffer starts on a boundary of 256 bytes
+    if problem.work == "weight":
+        if rows < problem.n or not problem.direct:
+            size += cols * problem.d * 4
+        size += rows * problem.d * problem.e_bytes  # the operand
+        if problem.kept:
+            return size
+    else:
+        # At least what the exact kernels need of the same memory.
+        size += rows * 4 * max(problem.fields * n_tiles, 5 * min(16, n_tiles))
+        if problem.work == "hidden":
+            size += rows * problem.d * 4 * variant.splits
+    if variant.library:
+        size += rows * wide * 4
+        in_place = problem.float32 or problem.work == "sums"
+        size += 0 if in_place or problem.kept else rows * wide * problem.e_bytes
+    elif problem.work != "sums" and not problem.kept:
+        size += rows * wide * problem.e_bytes
+    return size
+
+
+def roofline(problem: Problem, variant: Variant, device: Device, rows: int, cols: int) -> float:
+    """Seconds, roughly: what chunking costs in idle multiprocessors, repeated reads, launches."""
+    chunks = math.ceil(problem.n / rows) * math.ceil(problem.v / cols)
+    width = 4 if problem.float32 else 2
+    rows, cols = min(rows, problem.n), min(cols, problem.v)
+
+    def gemm(m: int, n: int, k: int, splits: int = 1) -> float:
+        tiles = math.ceil(m / 128) * math.ceil(n / 256) * splits
+        waves = math.ceil(tiles / device.sms)
+        flops = waves * device.sms * 128 * 256 * 2 * k / splits
+        moved = width * (m * k + n * k)
+        return max(flops / device.flops, moved / device.bandwidth)
+
+    cells = rows * cols
+    once = 0.0 if problem.work == "weight" and problem.kept else gemm(rows, cols, problem.d)
+    moved, launches = 0.0, 2
+    if problem.work == "hidden":
+        once += gemm(rows, problem.d, cols, variant.splits)
+        moved += 8 * rows * problem.d * variant.splits + 2 * cells * width
+    elif problem.work == "weight":
+        once += gemm(cols, problem.d, rows)
+        moved += 4 * rows * problem.d + 8 * cols * problem.d + 2 * cells * width
+    if variant.library:
+        moved += 8 * cells
+        launches += 1
+    return chunks * (once + moved / device.bandwidth + launches * _LAUNCH)
+
+
+def _steps(size: int, block: int, least: int) -> list[int]:
+    """Chunk sizes worth a look: the whole, and even parts of it rounded up to whole blocks."""
+    steps = {size}
+    parts = 2
+    while True:
+        part = round_up(math.ceil(size / parts), block)
+        if part < size:
+            steps.add(part)
+        if part <= block:
+            break
+        parts = parts + 1 if parts < 16 else parts * 2
+    small = block
+    while small // 2 >= least:  # below one block only where memory forces it
+        small //= 2
+        if small < size:
+            steps.add(small)
+    return sorted(steps, reverse=True)
+
+
+def round_up(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+# ---- the measured choice
+
+
+_BUDGET = 3.0  # seconds that the first call of a kind may spend on measuring
+_chosen: dict[str, Variant] = {}
+
+
+def choose(
+    problem: Problem, device: Device, run: Callable[[Plan], object], *, measure: bool
+) -> Plan:
+    """The plan for `problem`: the fastest variant known, measured now if that has not been done.
+
+    `run(plan)` does the work once, on real inputs, into tensors of its own.
+    """
+    if not measure:
+        return plan(problem, default_variant(problem, device), device)
+    key = _key(problem, device)
+    if key not in _chosen:
+        _chosen[key] = _load(key) or _measure(problem, device, run, key)
+    try:
+        return plan(problem, _chosen[key], device)
+    except ValueError:  # measured with another N of the same bucket
+        return plan(problem, default_variant(problem, device), device)
+
+
+def measurable(device: torch.device) -> bool:
+    """Whether this call may take the time to measure."""
+    return (
+        device.type == "cuda"
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _rounds(problem: Problem, device: Device) -> list[Callable[[Variant], list[Variant]]]:
+    """What to try, one kind of change after the other, each on the best so far."""
+    default = default_variant(problem, device)
+
+    def tiles(_: Variant) -> list[Variant]:
+        fused = [
+            dataclasses.replace(default, gemm=g, library=False) for g in table(problem, device)
+        ]
+        return [
+            default,
+            *(v for v in fused if v != default),
+            dataclasses.replace(default, library=True),
+        ]
+
+    def shares(best: Variant) -> list[Variant]:
+        return [dataclasses.replace(best, share=share) for share in (0.5, 0.2)]
+
+    def splits(best: Variant) -> list[Variant]:
+        other = 1 if best.splits > 1 else 2 * _splits(problem, device)
+        return [dataclasses.replace(best, splits=other)] if problem.n <= 1024 else []
+
+    kept = problem.work == "weight" and problem.kept
+    return (
+        ([] if kept else [tiles])
+        + ([] if problem.work == "sums" else [shares])
+        + ([splits] if problem.work == "hidden" else [])
+    )
+
+
+def _measure(problem: Problem, device: Device, run: Callable[[Plan], object], key: str) -> Variant:
+    started = time.monotonic()
+    times: dict[Variant, float] = {}
+    best = default_variant(problem, device)
+    longest, cut = 0.0, False
+    for candidates in _rounds(problem, device):
+        for variant in candidates(best):
+            if variant in times:
+                continue
+            if times and time.monotonic() - started + longest > _BUDGET:
+                cut = True
+                break
+            before = time.monotonic()
+            times[variant] = _time(problem, variant, device, run)
+            longest = max(longest, time.monotonic() - before)
+        if times:
+            best = min(times, key=lambda variant: times[variant])
+    seconds = time.monotonic() - started
+    logger.info(
+        "linear_logps: %s, N=%d D=%d V=%d: %s (%.2f ms; %d variants timed in %.1f s)",
+        problem.work, problem.n, problem.d, problem.v, best,
+        1e3 * times.get(best, math.nan), len(times), seconds,
+    )  # fmt: skip
+    _store(key, best, complete=not cut)
+    return best
+
+
+def _time(
+    problem: Problem, variant: Variant, device: Device, run: Callable[[Plan], object]
+) -> float:
+    """Seconds of one run; infinity for a variant that cannot run here."""
+    try:
+        fitted = plan(problem, variant, device)
+        run(fitted)  # compiles
+        best = math.inf
+        for _ in range(3):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(fitted)
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+            if best > 0.1:
+                break
+        return best
+    except (ValueError, RuntimeError) as error:
+        logger.info("linear_logps: %s cannot run here: %s", variant, str(error).splitlines()[:1])
+        return math.inf
+
+
+# ---- on disk: one small JSON file per kind of problem
+
+
+def cache_dir() -> Path:
+    """Where measured choices are kept: $FASTDPO_CACHE_DIR, else the user's cache folder."""
+    if named := os.environ.get("FASTDPO_CACHE_DIR"):
+        return Path(named) / "tuning"
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "fastdpo" / "tuning"
+
+
+def _key(problem: Problem, device: Device) -> str:
+    """Everything a measured choice depends on; N by powers of two."""
+    import triton
+
+    bucket = dataclasses.replace(problem, n=1 << max(problem.n - 1, 1).bit_length())
+    parts = dataclasses.asdict(bucket) | dataclasses.asdict(device)
+    parts |= {"torch": torch.__version__, "triton": triton.__version__, "tables": _tables_hash()}
+    return json.dumps(parts, sort_keys=True)
+
+
+@functools.cache
+def _tables_hash() -> str:
+    return hashlib.sha256(repr(TABLES).encode()).hexdigest()[:12]
+
+
+def _file(key: str) -> Path:
+    return cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _load(key: str) -> Variant | None:
+    """The stored choice; None if there is none, or if measuring was cut short."""
+    try:
+        saved = json.loads(_file(key).read_text())
+        if saved["key"] != key or not saved["complete"]:
+            return None
+        return Variant(**(saved["variant"] | {"gemm": Gemm(**saved["variant"]["gemm"])}))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("ignoring the unreadable tuning file %s: %s", _file(key), error)
+        return None
+
+
+def _store(key: str, variant: Variant, *, complete: bool) -> None:
+    path = _file(key)
+    text = json.dumps(
+        {"key": key, "complete": complete, "variant": dataclasses.asdict(variant)}, indent=1
+    )
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        logger.warning("cannot keep the tuning choice in %s: %s", path.parent, error)

@@ -1,0 +1,64 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, and default tiles spill nothing.
+
+No GPU is needed. The compiler runs in a process of its own, without TRITON_INTERPRET; the table it
+gives is printed (pytest -s, or `python -m tests.kernels.aot`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.interpreter import ROOT
+
+# (architecture, start of the label) of default rows that may have a stack frame, and why: none.
+ALLOWED_STACK: dict[tuple[str, str], str] = {}
+
+
+def compile_all(*arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, "-m", "tests.kernels.aot", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'arch':6} {'kernel':48} warps stages registers stack shared  instructions"]
+    for r in rows:
+        lines.append(
+            f"{r['arch']:6} {r['label']:48} {r['warps']:5} {r['stages']:6} {r['registers']:9} "
+            f"{r['stack']:5} {r['shared']:6}  {' '.join(r['instructions'])}"
+        )
+    return "\n".join(lines)
+
+
+def check(rows: list[dict], capsys) -> None:
+    with capsys.disabled():
+        print("\n" + table(rows))
+    assert {r["arch"] for r in rows} == {"sm80", "sm90", "sm100"}
+    for r in rows:
+        where = f"{r['label']} on {r['arch']}"
+        assert r["shared"] <= r["shared_limit"], f"{where}: {r['shared']} bytes of shared memory"
+        allowed = (r["arch"], r["label"]) in ALLOWED_STACK or not r["default"]
+        assert r["stack"] == 0 or allowed, f"{where}: a stack frame of {r['stack']} bytes"
+        if r["label"].startswith(("half", "rich", "stats")):
+            expected = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}[r["arch"]]
+            assert expected in r["instructions"], f"{where}: no {expected}"
+            described = "descriptor" in r["label"] or "persistent" in r["label"]
+            assert described == ("tma" in r["instructions"]), where
+
+
+def test_default_tiles(capsys):
+    check(compile_all(), capsys)
+
+
+@pytest.mark.soak
+def test_every_tile(capsys):
+    check(compile_all("--scope", "all"), capsys)
