@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -277,9 +277,10 @@ def _load_users(name: str) -> PreferenceLoss:
     if found is None:
         nearest = did_you_mean(attribute, dir(module))
         raise ConfigError(f"loss_type {name!r}: {module_name!r} has no {attribute!r}{nearest}")
-    fn = cast(Any, found.fn if isinstance(found, PreferenceLoss) else found)
-    if not callable(fn):
-        raise ConfigError(f"loss_type {name!r} is a {type(fn).__name__}, not a function")
+    given = found.fn if isinstance(found, PreferenceLoss) else found
+    if not callable(given):
+        raise ConfigError(f"loss_type {name!r} is a {type(given).__name__}, not a function")
+    fn = cast(Callable[..., Tensor], given)
     parameters = _parameters(name, fn)
     base = found.spec if isinstance(found, PreferenceLoss) else LossSpec(source=name)
     loss = PreferenceLoss(fn, replace(base, parameters=parameters))

@@ -64,10 +64,7 @@ class Objective:
         check_loss_options(args, dict(specs))
         self.loss_weights = args.loss_weights or [1.0] * len(specs)
         self.needs_reference = needs_reference(specs)
-        # WPO weighs each pair's share of TRL's `sft`, which is the mean over the step.
-        self.needs_whole_step = any(spec.scope == "step" for spec in specs.values()) or (
-            args.use_weighting and PLAIN_NLL in specs
-        )
+        self.needs_whole_step = any(spec.scope == "step" for spec in specs.values())
         if self.needs_whole_step and args.world_size > 1:
             raise ConfigError(
                 f"loss_type {', '.join(specs)} needs all pairs of a step on one rank, and there "
@@ -229,8 +226,6 @@ class Objective:
             if args.use_soft_labels:
                 p = sums.columns["p_chosen"]
                 losses = p * losses + (1 - p) * self._call(name, fed.swapped())
-            if name == PLAIN_NLL and args.use_weighting:
-                losses = losses.mean().expand_as(losses)
             if sums.weights is not None:
                 losses = losses * sums.weights
             total = total + weight * losses
