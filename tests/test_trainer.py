@@ -37,7 +37,10 @@ def config(tmp_path, **overrides) -> DPOConfig:
 def trainer(tmp_path, model=None, pairs=None, **overrides) -> DPOTrainer:
     init = {
         key: overrides.pop(key)
-        for key in ("ref_model", "peft_config", "callbacks", "eval_dataset", "optimizers")
+        for key in (
+            *("ref_model", "peft_config", "callbacks", "eval_dataset", "optimizers"),
+            "processing_class",
+        )
         if key in overrides
     }
     return DPOTrainer(
