@@ -4,10 +4,20 @@ They need no installation: the two packages are found beside this folder. Nothin
 kernels/ or tests/ imports from here, except the smoke tests.
 """
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for _folder in (ROOT, ROOT / "kernels" / "torch-ext"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+PACKAGES = (str(ROOT), str(ROOT / "kernels" / "torch-ext"))
+
+for _folder in PACKAGES:
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """The environment for a child process that finds both packages too, with `variables` added."""
+    given = os.environ.get("PYTHONPATH")
+    paths = os.pathsep.join([*PACKAGES, given] if given else PACKAGES)
+    return {**os.environ, "PYTHONPATH": paths, **variables}

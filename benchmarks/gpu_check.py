@@ -8,7 +8,6 @@ status: 0 all well, 1 something failed, 2 no CUDA device.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ROOT
+from . import ROOT, child_environment
 
 SECONDS = 470.0  # in all; the shares below leave what a stage does not use to the next
 TEST_SECONDS, KERNEL_SECONDS = 150.0, 130.0
@@ -41,14 +40,9 @@ class Stage:
 
 def run_stage(name: str, arguments: Sequence[str], seconds: float) -> Stage:
     """Runs `python ARGUMENTS` from the root with both packages on its path, for at most so long."""
-    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = child_environment(
+        HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore"
+    )
     print(f"\n== {name}: python {' '.join(arguments)}", flush=True)
     started = time.monotonic()
     try:

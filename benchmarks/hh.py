@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo.data_formats import read_row
 
-from . import ROOT
-from .harness import table
+from . import ROOT, child_environment
+from .harness import command_line, environment, table, write_json
 
 DATA = ROOT.parent / "shared" / "data" / "hh-rlhf"
 FILE = "harmless-base-test.jsonl.gz"
@@ -137,7 +138,8 @@ def warm_start(
     The texts are laid end to end, each closed by EOS, and cut into blocks. AdamW under a cosine
     schedule. Preferences are no part of it: chosen and rejected dialogues count alike.
     """
-    encoded = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
+    eos = str(tokenizer.eos_token)
+    encoded = tokenizer([text + eos for text in texts])["input_ids"]
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     n_blocks = sum(map(len, encoded)) // block
@@ -206,19 +208,33 @@ def train_command(output_dir: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def summary(run: Path) -> str:
-    """Loss of the first and last tenth of training, and the held-out pairs at each evaluation."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+EVALUATED = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
+
+
+def outcome(output_dir: Path) -> dict[str, Any]:
+    """What a run came to: its losses, its evaluations, and what chance and length alone would get.
+
+    `loss_first`, `loss_last`: means over the first and the last tenth of the logs. `evaluations`:
+    by step, the held-out pairs. `p_chance`: the probability that guessing does as well.
+    """
+    log = output_dir / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     tenth = max(len(losses) // 10, 1)
-    first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
-    evaluations = [line for line in lines if "eval_loss" in line]
-    keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
-    rows = [[line["step"], *(line[key] for key in keys)] for line in evaluations]
-    return (
-        f"training loss: {first:.4f} over the first tenth of the logs, {last:.4f} over the last\n"
-        + table(["step", *keys], rows)
-    )
+    evaluations = {x["step"]: {key: x[key] for key in EVALUATED} for x in lines if "eval_loss" in x}
+    held_out = (output_dir / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = explicit_rows(json.loads(line) for line in held_out)
+    accuracy = evaluations[max(evaluations)]["eval_rewards/accuracies"]
+    return {
+        "loss_first": sum(losses[:tenth]) / tenth,
+        "loss_last": sum(losses[-tenth:]) / tenth,
+        "n_held_out": len(pairs),
+        "accuracy": accuracy,
+        "p_chance": above_chance(accuracy, len(pairs)),
+        "accuracy_of_the_shorter": sum(len(p["chosen"]) < len(p["rejected"]) for p in pairs)
+        / len(pairs),
+        "evaluations": evaluations,
+    }
 
 
 def above_chance(accuracy: float, n: int) -> float:
@@ -243,26 +259,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nfastdpo " + " ".join(command) + "\n")
     if not options.train:
         return 0
-    code = subprocess.run([sys.executable, "-m", "fastdpo", *command], check=False).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "fastdpo", *command], env=child_environment(), check=False
+    ).returncode
     if code == 0:
-        report(options.output_dir)
+        report(options.output_dir, command_line("benchmarks.hh", argv))
     return code
 
 
-def report(output_dir: Path) -> None:
-    """Prints what the run came to on the held-out pairs, beside chance and beside length alone."""
-    run = output_dir / "run"
-    print(summary(run))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [x for x in lines if "eval_loss" in x][-1]["eval_rewards/accuracies"]
-    held_out = (output_dir / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = explicit_rows(json.loads(line) for line in held_out)
-    n = len(pairs)
-    shorter = sum(len(pair["chosen"]) < len(pair["rejected"]) for pair in pairs)
+def report(output_dir: Path, command: str) -> None:
+    """Prints the outcome of `output_dir/run`, and writes it to `output_dir/hh.json`."""
+    found = outcome(output_dir)
+    write_json(
+        output_dir / "hh.json", {"environment": environment(torch.device("cpu"), command), **found}
+    )
+    n, accuracy = found["n_held_out"], found["accuracy"]
+    rows = [[step, *values.values()] for step, values in found["evaluations"].items()]
+    print(table(["step", *EVALUATED], rows))
     print(
+        f"training loss: {found['loss_first']:.4f} over the first tenth of the logs, "
+        f"{found['loss_last']:.4f} over the last\n"
         f"held out: {round(accuracy * n)} of {n} pairs have the higher reward on the chosen "
         f"response ({accuracy:.1%}); guessing gets that many with probability "
-        f"{above_chance(accuracy, n):.1g}; taking the shorter response gets {shorter / n:.1%}"
+        f"{found['p_chance']:.1g}; taking the shorter response gets "
+        f"{found['accuracy_of_the_shorter']:.1%}"
     )
 
 

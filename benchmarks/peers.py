@@ -115,10 +115,11 @@ def _fastdpo_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
 
 
 def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
-    import trl
     from datasets import Dataset
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class Counting(trl.DPOTrainer):
+    class Counting(DPOTrainer):
         """TRL's trainer, counting the tokens it computes; pairs of token ids pass as they are."""
 
         n_tokens = 0
@@ -137,7 +138,7 @@ def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": job.pairs_per_step // micro_batch,
     }
-    return Counting, trl.DPOConfig(**options), Dataset.from_list(job.rows)
+    return Counting, DPOConfig(**options), Dataset.from_list(job.rows)
 
 
 def _trl_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:

@@ -73,7 +73,8 @@ LENGTHS = {
 
 
 def _llama(**kwargs) -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=8192, rope_theta=500000.0, **kwargs)
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    return LlamaConfig(max_position_embeddings=8192, rope_parameters=rope, **kwargs)
 
 
 SHAPES: dict[str, PreTrainedConfig] = {

@@ -253,7 +253,8 @@ def test_hh_reports_a_run(tmp_path, capsys):
     logs = [{"loss": 0.7 - 0.01 * i, "step": i} for i in range(20)]
     logs += [{"eval_loss": 0.6, "eval_rewards/accuracies": 0.8, "step": 20, **evaluation}]
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
-    hh.report(tmp_path)
+    hh.report(tmp_path, "command")
     printed = capsys.readouterr().out
     assert "training loss: 0.6950 over the first tenth of the logs, 0.5150 over the last" in printed
     assert "held out: 8 of 10" in printed and "probability 0.05" in printed
+    assert json.loads((tmp_path / "hh.json").read_text())["environment"]["command"] == "command"
