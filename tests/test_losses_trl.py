@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import hh
 from fastdpo import DPOConfig
+from fastdpo.data import tokenize_pairs
 from fastdpo.logps import prepare_packed_forward
 from fastdpo.metrics import TOKEN_STATS, PreferenceMetrics
 from fastdpo.objective import Objective, ScoredPack
@@ -30,8 +32,8 @@ trl = pytest.importorskip("trl", minversion="1.16", reason="the peer to compare 
 Dataset = pytest.importorskip("datasets").Dataset
 
 N_PAIRS = 6
-# fp32 log-probs of responses of up to 16 tokens, a token's of size 6 to 20: the two sides sum in
-# another order and each errs by some 8 eps * 10 * sqrt(16) = 4e-5 nat. Losses follow by their
+# fp32 log-probs of responses of up to 40 tokens, a token's of size 6 to 20: the two sides sum in
+# another order and each errs by some 8 eps * 10 * sqrt(40) = 6e-5 nat. Losses follow by their
 # slopes: beta for the sigmoid family, 2 (r + 0.5 / beta) of about 20 for squares of log-ratios,
 # hence relative to the loss's size rather than absolute.
 VALUE_RTOL = 5e-5
@@ -41,9 +43,15 @@ GRADIENT_RTOL = 5e-4
 
 @functools.cache
 def pairs():
-    return tiny_pairs(
-        N_PAIRS, seed=3, prompt_lengths=(2, 9), response_lengths=(2, 16), vocab_size=400
-    )
+    """Real HH pairs where they are at hand, short ones; else random token ids."""
+    try:
+        rows = hh.explicit_rows(hh.read_pairs())
+    except FileNotFoundError:
+        return tiny_pairs(N_PAIRS, seed=3, prompt_lengths=(2, 9), response_lengths=(2, 16))
+    rows = [row for row in rows if sum(map(len, row.values())) < 160][: 2 * N_PAIRS]
+    tokenizer = hh.train_tokenizer((t for row in rows for t in row.values()), vocab_size=400)
+    tokenized, _ = tokenize_pairs(rows, tokenizer, max_length=48, progress=False)
+    return tokenized.select(range(N_PAIRS))
 
 
 @functools.cache
