@@ -104,9 +104,9 @@ def forward(
     hidden_grad = new(n, d, dtype=hidden.dtype) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
-    # E is kept for dW if it and a tile fit.
     kept_bytes = n * v * head.dtype.itemsize if need_weight_grad else 0
-    if kept_bytes + tile_bytes(head, *tile_shape(head, n, 2**62, tiles), tiles) > workspace_bytes:
+    beside = tile_bytes(head, min(n, 256), min(v, 1024), tiles)  # smaller tiles are slow
+    if kept_bytes + beside > workspace_bytes:
         kept_bytes = 0
     kept = new(n, v) if kept_bytes else None
     rows, cols = tile_shape(head, n, workspace_bytes - kept_bytes, tiles)
@@ -142,7 +142,7 @@ def forward(
                     for part in again.split(buffer.shape[1] // v):
                         store = views(buffer[:1], len(part), v)[0]
                         run(part, True, store)
-                        kept[part] = store
+                        kept.index_copy_(0, part, store)
     if kept is not None:
         saved.append(kept)
     return ForwardResult(
@@ -182,8 +182,10 @@ def weight_grad(
 
     grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
     bias_grad = None if bias is None or not need_bias_grad else torch.empty_like(bias)
-    rows, cols = tile_shape(head, n, workspace_bytes, head.tiles)
-    buffer = torch.empty(head.tiles, rows * cols, dtype=head.dtype, device=hidden.device)
+    tiles = 0 if kept else head.tiles
+    budget = workspace_bytes - (kept[0].nbytes if kept else 0)
+    rows, cols = tile_shape(head, n, budget, tiles)
+    buffer = torch.empty(tiles, rows * cols, dtype=head.dtype, device=hidden.device)
     with ieee_matmul(hidden.device):
         for v0, v1 in spans(v, cols):
             w, b = head.rows(v0, v1)

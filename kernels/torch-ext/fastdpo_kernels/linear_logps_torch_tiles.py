@@ -165,10 +165,11 @@ def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
 
 def tile_bytes(head: Head, rows: int, cols: int, tiles: int) -> int:
     """Tiles (two more where a 16-bit GEMM's operand and result are apart), and beside them: h
-    twice, W[y], their product and the gradient; W twice and its gradient."""
+    twice, W[y], their product and the gradient; W twice and its gradient, unless as they are."""
     d = head.weight.shape[1]
     tiles += 2 * head.halves
-    return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + 3 * cols * d)
+    copies = 0 if head.weight.dtype == head.rounded == head.dtype else 3
+    return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + copies * cols * d)
 
 
 @contextlib.contextmanager
