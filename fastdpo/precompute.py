@@ -153,6 +153,7 @@ def _compute(
     source: Reference, pack: Pack, result: PrecomputedReference, wanted: np.ndarray
 ) -> None:
     (token_logps,) = source.token_logps([pack])
+    assert token_logps is not None  # a source that gives none is never computed first
     values = token_logps.float().cpu().numpy()
     bounds = pack.cu_responses.tolist()
     for response, (pair_id, side) in enumerate(pack.responses):

@@ -114,4 +114,4 @@ def _place(tensor: torch.Tensor) -> tuple:
 
 def _digest(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest() if len(flat) else b""
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest() if len(flat) else b""

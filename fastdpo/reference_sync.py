@@ -110,17 +110,15 @@ def _average(own: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
 
 def _average_products(module: LoraLayer, active: str, alpha: float) -> None:
     """[out, R] [R, in] <- the average of both products, of the smallest rank R in tolerance."""
-    a, b = module.lora_A[REFERENCE_ADAPTER].weight, module.lora_B[REFERENCE_ADAPTER].weight
+    a, b = _factors(module, REFERENCE_ADAPTER)
     dtype = torch.promote_types(a.dtype, torch.float32)
     shares = {REFERENCE_ADAPTER: 1 - alpha, active: alpha}
-    left = torch.cat(
-        [
-            (share * module.scaling[name]) * module.lora_B[name].weight.to(dtype)
-            for name, share in shares.items()
-        ],
-        dim=1,
-    )
-    right = torch.cat([module.lora_A[name].weight.to(dtype) for name in shares])
+    lefts, rights = [], []
+    for name, share in shares.items():
+        right, left = _factors(module, name)
+        lefts.append((share * module.scaling[name]) * left.to(dtype))
+        rights.append(right.to(dtype))
+    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
     left, right = recompress(left, right, RECOMPRESSION_TOLERANCE)
     _set_product(module, right.to(a.dtype), left.to(b.dtype), scaling=1.0)
 
@@ -139,11 +137,19 @@ def recompress(
     return (q_left @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_right.T)
 
 
+def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, in] and B [out, R] of an adapter."""
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return a, b
+
+
 def _set_product(module: LoraLayer, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     """Puts factors of any rank into the reference adapter of a layer."""
     rank = a.shape[0]
     for factors, weight in ((module.lora_A, a), (module.lora_B, b)):
         linear = factors[REFERENCE_ADAPTER]
+        assert isinstance(linear, nn.Linear)
         linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         linear.out_features, linear.in_features = weight.shape
     module.r[REFERENCE_ADAPTER] = rank
@@ -182,5 +188,5 @@ def load_reference_state(reference: LiveReference, state: dict[str, Any]) -> Non
         module = model.get_submodule(name)
         assert isinstance(module, LoraLayer)
         if REFERENCE_ADAPTER in module.lora_A:  # not on embeddings, whose rank never changes
-            a, b = (f[REFERENCE_ADAPTER].weight.data for f in (module.lora_A, module.lora_B))
-            _set_product(module, a, b, scale)
+            a, b = _factors(module, REFERENCE_ADAPTER)
+            _set_product(module, a.detach(), b.detach(), scale)

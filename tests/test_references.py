@@ -18,8 +18,11 @@ from fastdpo.errors import ConfigError, MissingPackageError, ModelError
 from fastdpo.reference_cache import segments
 from fastdpo.reference_logps import AdapterReference, ModelReference
 from fastdpo.reference_sync import RECOMPRESSION_TOLERANCE, recompress
-from tests.test_trainer import LORA, config, losses, trainer, weights
+from tests.test_trainer import LORA, config, losses, weights
+from tests.test_trainer import trainer as dpo_trainer
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
+
+trainer: Any = dpo_trainer  # what its references are is looked into here
 
 # A prompt is shared by two pairs; five packs of at most 128 tokens.
 PACKS = {"max_tokens_per_pack": 128}
@@ -46,7 +49,9 @@ def forwards(monkeypatch) -> list[int]:
     return asked
 
 
-def lora(model=None, *, std: float = 0.0, seed: int = 0, name: str = "default", **overrides):
+def lora(
+    model: Any = None, *, std: float = 0.0, seed: int = 0, name: str = "default", **overrides
+) -> Any:
     """A tiny Llama (or `model`) with an adapter, trained before if `std` > 0."""
     model = tiny_llama() if model is None else model
     if isinstance(model, PeftModel):
@@ -62,9 +67,12 @@ def lora(model=None, *, std: float = 0.0, seed: int = 0, name: str = "default", 
 
 def changed(pairs: TokenizedPairs, i: int) -> TokenizedPairs:
     """The pairs with one more token in the chosen response of pair i."""
-    parts = [[list(part(k)) for k in range(len(pairs))] for part in (pairs.prompt, pairs.chosen)]
-    parts[1][i].append(7)
-    return TokenizedPairs.from_lists(*parts, [list(pairs.rejected(k)) for k in range(len(pairs))])
+    prompts, chosens, rejecteds = (
+        [list(part(k)) for k in range(len(pairs))]
+        for part in (pairs.prompt, pairs.chosen, pairs.rejected)
+    )
+    chosens[i].append(7)
+    return TokenizedPairs.from_lists(prompts, chosens, rejecteds)
 
 
 # ---- the cache under a trainer ----------------------------------------------------------------
@@ -109,7 +117,7 @@ def test_what_changes_the_reference_misses(tmp_path, forwards):
         return made.precomputations["train"].n_found
 
     assert found() == 0 and found() == 8
-    nudged = tiny_llama()
+    nudged: Any = tiny_llama()
     with torch.no_grad():
         nudged.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
     assert found(nudged) == 0
@@ -272,7 +280,7 @@ def test_a_named_adapter_is_the_reference(tmp_path):
 
 
 def test_adapters_leave_no_doubt(tmp_path):
-    def policy():
+    def policy() -> Any:
         made = lora(lora(std=0.1, name="sft"), std=0.1, seed=1, name="mine")
         made.set_adapter("mine")
         return made
@@ -360,7 +368,7 @@ def test_a_hard_update_is_exact(tmp_path, kind):
     assert checks == [False, True, False]
 
 
-def products(model, adapter: str) -> dict[str, torch.Tensor]:
+def products(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     return {
         name: module.scaling[adapter]
         * module.lora_B[adapter].weight.double()
