@@ -236,8 +236,8 @@ REGISTRY: dict[str, PreferenceLoss] = {
 
 
 def f_scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(u) of u = exp(logratios), which replaces log u in the margin (f-DPO, arXiv 2309.16240
-    eq. 8), up to constants that a difference cancels.
+    """f'(u) of u = exp(logratios), which replaces log u in the margin (f-DPO, arXiv 2309.16240),
+    up to constants that a difference cancels.
 
     alpha_divergence: f'(u) = (u^(alpha - 1) - 1) / (alpha - 1), the exponent held below 80 as TRL
     does; alpha 1 is reverse_kl.

@@ -102,7 +102,7 @@ class Objective:
         # In the order of the dataset, so that ties between pairs fall alike however packed.
         order = np.argsort(np.concatenate([one.pack.pair_ids for one in scored]), kind="stable")
         device = scored[0].token_logps.device
-        places, back = (torch.from_numpy(of).to(device) for of in (order, np.argsort(order)))
+        places, back = (_on(device, of) for of in (order, np.argsort(order)))
         whole = self._of_pairs(_concatenate(sums, places), mean_chosen_length, grad)
         sizes = [len(one.lengths) for one in sums]
         parts = [(None,) * len(sums) if x is None else x[back].split(sizes) for x in whole]
@@ -186,7 +186,7 @@ class Objective:
         alpha = 1.0 if self.args.ld_alpha is None else self.args.ld_alpha
 
         def weighted(parts: Tensor) -> Tensor:  # [P, 2, K] -> [P, 2]
-            # LD-DPO, arXiv 2409.06411 eq. 11: alpha weighs the tokens beyond the shared length.
+            # LD-DPO, arXiv 2409.06411: alpha weighs the tokens beyond the shared length.
             return parts[..., 0] + alpha * parts[..., 1:].sum(-1)
 
         chosen, rejected = weighted(policy).unbind(1)
@@ -218,7 +218,7 @@ class Objective:
                 )
             if args.score_margin_scale:
                 # -log sigmoid(beta * margin - offset): Llama 2, arXiv 2307.09288 eq. 2, as ODPO
-                # (2402.10571 eq. 9) has it for DPO.
+                # (2402.10571) has it for DPO.
                 gap = sums.columns["score_chosen"] - sums.columns["score_rejected"]
                 offset = args.score_margin_scale * gap / args.beta
                 fed = logps.with_scores(logps.chosen_logratios - offset, logps.rejected_logratios)
@@ -253,6 +253,12 @@ def number_columns(args: DPOConfig) -> tuple[str, ...]:
     wanted = ("weight",) if args.use_pair_weights else ()
     wanted += ("p_chosen",) if args.use_soft_labels else ()
     return wanted + (("score_chosen", "score_rejected") if args.score_margin_scale else ())
+
+
+def _on(device: torch.device, values: np.ndarray) -> Tensor:
+    """A copy on `device` that the host does not wait for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _concatenate(sums: Sequence[PairSums], places: Tensor) -> PairSums:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -280,6 +281,39 @@ def test_the_step_wide_losses_would_differ_pack_by_pack(loss_type):
     assert abs(step_of("one pack", {"loss_type": ["sigmoid"]})[0] - whole) > 1e-3
 
 
+def test_both_passes_draw_the_same_dropout(tmp_path):
+    """With disable_dropout off, the gradient belongs to the log-probs that the loss saw."""
+    made = train(
+        tmp_path,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.5),
+        loss_type=["aot"],
+        disable_dropout=False,
+        first_step_check=False,
+        max_tokens_per_pack=64,
+    )
+    seen: list[torch.Tensor] = []
+    forward = made._forward
+
+    class Spy(type(forward)):
+        def with_stats(self, model, pack, stats):
+            output = super().with_stats(model, pack, stats)
+            if model.training:
+                seen.append(output.token_logps.detach())
+            return output
+
+    made._forward = Spy(forward.device_type, forward.bf16)
+    made.model.train()
+    step = next(iter(made.plan.steps(0, skip=0)))
+    made._train_step(step)
+    n = len(step.packs)
+    assert n > 1 and len(seen) == 2 * n
+    for first, second in zip(seen[:n], seen[n:], strict=True):
+        # Without a graph the head may sum in another order: fp32 log-probs of size 10.
+        assert torch.allclose(first, second, atol=1e-4)
+    made._train_step(step)
+    assert not torch.allclose(seen[0], seen[2 * n], atol=1e-2)  # there is dropout to speak of
+
+
 def test_evaluation_does_not_depend_on_batches(tmp_path):
     found = []
     for size in (3, 100):
@@ -306,7 +340,7 @@ def test_evaluation_does_not_depend_on_batches(tmp_path):
 # ---- the reference-free family, users' own losses, columns ---------------------------------------
 
 
-def train(tmp_path, rows=None, **options) -> DPOTrainer:
+def train(tmp_path, rows=None, peft_config=None, **options) -> DPOTrainer:
     made = DPOTrainer(
         model=tiny_llama(),
         args=DPOConfig(
@@ -323,6 +357,7 @@ def train(tmp_path, rows=None, **options) -> DPOTrainer:
             **options,
         ),
         train_dataset=rows or tiny_rows(8),
+        peft_config=peft_config,
         processing_class=tiny_tokenizer(),
     )
     made.train()
