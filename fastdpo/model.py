@@ -143,6 +143,19 @@ def is_quantized(model: nn.Module) -> bool:
     )
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit layers differentiable on a CPU with AVX-512.
+
+    There their first forward in eval mode (the reference's, say) repacks the weights in place for
+    a kernel that rounds otherwise and has no gradient: training would go on without a word.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if getattr(module, flag, False):
+            setattr(module, flag, False)
+            module.state_dict()  # which unpacks weights that are packed already
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout of `model` to 0, as TRL does: a noisy policy is not its reference.
 

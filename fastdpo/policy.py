@@ -18,7 +18,7 @@ from .batch import Pack
 from .config import DPOConfig
 from .errors import ConfigError, ModelError
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
-from .model import base_model, disable_dropout, is_quantized
+from .model import base_model, disable_dropout, is_quantized, keep_unpacked
 from .reference_cache import ReferenceCache
 from .reference_key import about_reference, describe_reference
 from .reference_logps import (
@@ -132,8 +132,11 @@ def open_reference_cache(
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
-    if not hasattr(base_model(model), "hf_device_map"):  # else accelerate has placed it
+    base = base_model(model)
+    if not hasattr(base, "hf_device_map"):  # else accelerate has placed it
         model.to(device)
+    if is_quantized(base):
+        keep_unpacked(base)
 
 
 def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:

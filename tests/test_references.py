@@ -552,7 +552,7 @@ def test_a_reference_model_by_name(base, tmp_path, capsys, forwards):
 
 
 def test_a_reference_model_in_4_bits_is_asked_for_as_such(base, monkeypatch):
-    """bitsandbytes itself runs in the GPU tests; here, what it would be asked to load."""
+    """What bitsandbytes is asked to load, also where it is not installed."""
     from fastdpo import ModelConfig, model
     from fastdpo.config import DPOConfig
 
@@ -576,3 +576,41 @@ def test_a_reference_model_in_4_bits_is_asked_for_as_such(base, monkeypatch):
     asked.clear()
     model.load_ref_model(ModelConfig(**named, use_peft=True, load_in_4bit=True), args)
     assert "quantization_config" not in asked  # the policy's quantization is not the reference's
+
+
+def test_four_bits(tmp_path):
+    """A 4-bit reference model; and QLoRA, whose adapters-off reference is served from the cache:
+    the first-step check compares it with a policy that no reference forward came before."""
+    pytest.importorskip("bitsandbytes", reason="the qlora extra")
+    from fastdpo import ModelConfig, model
+    from fastdpo.config import DPOConfig
+
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    tiny_llama(**wide).save_pretrained(tmp_path / "model")
+    args = DPOConfig(output_dir="unused", use_cpu=True)
+    name = str(tmp_path / "model")
+    pairs = tiny_pairs(8)
+    own = model.load_ref_model(
+        ModelConfig(model_name_or_path=name, ref_model_name_or_path=name, ref_load_in_4bit=True),
+        args,
+    )
+    made = trainer(tmp_path / "a", model=name, ref_model=own, pairs=pairs, max_steps=1)
+    made.train()
+    assert 1e-3 < abs(losses(made)[0] - np.log(2)) < 1  # 4 bits, and no other model
+
+    gradients = []
+    for run_name, found in (("b", 0), ("c", 16)):
+        made = trainer(
+            tmp_path / run_name,
+            model=model.load_model(
+                ModelConfig(model_name_or_path=name, use_peft=True, load_in_4bit=True), args
+            ),
+            peft_config=LoraConfig(**LORA),
+            pairs=pairs,
+            ref_cache_dir=str(tmp_path / "cache"),
+            max_steps=1,
+        )
+        assert made.precomputations["train"].n_found == found
+        made.train()
+        gradients.append(made.state.log_history[0]["grad_norm"])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5) and gradients[0] > 0
