@@ -168,7 +168,7 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
         partial = room[: job.fields * tiles * (r1 - r0)].view(job.fields, tiles, r1 - r0)
         product = None
         if grad is not None:
-            product = space.take((plan.variant.splits, r1 - r0, d), torch.float32)
+            product = space.take((plan.splits, r1 - r0, d), torch.float32)
         for c0, c1 in _spans(v, plan.cols):
             mark = space.mark()
             w = _operand(weight[c0:c1], hidden.dtype, space)
@@ -315,25 +315,28 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 def multiply_splits(out: Tensor, e: Tensor, w: Tensor, *, add: bool) -> None:
-    """out [splits, n, D]: e [n, c] @ w [c, D] by equal parts of c, in one batched GEMM.
+    """out [splits, n, D] (+)= e [n, c] @ w [c, D] by equal parts of c, in one batched GEMM.
 
-    What does not divide goes to the first part. Only a call's first chunk may not `add`.
+    What does not divide goes to the first part.
     """
     splits, (n, c), d = out.shape[0], e.shape, w.shape[1]
     part = c // splits // 8 * 8
-    if splits == 1 or part == 0 or add:
+    if splits == 1 or part == 0:
         multiply(out[0], e, w, add=add)
         if not add:
             out[1:].zero_()
         return
     a = e.as_strided((splits, n, part), (part, e.stride(0), 1))
     b = w.as_strided((splits, part, d), (part * w.stride(0), w.stride(0), 1))
-    if a.dtype == torch.float32:
-        torch.bmm(a, b, out=out)
-    elif not a.is_cuda:
-        torch.bmm(a.float(), b.float(), out=out)
+    if a.dtype != out.dtype and a.is_cuda:
+        if add:
+            torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    elif add:
+        torch.baddbmm(out, a.float(), b.float(), out=out)
     else:
-        torch.bmm(a, b, out_dtype=torch.float32, out=out)
+        torch.bmm(a.float(), b.float(), out=out)
     if splits * part < c:
         multiply(out[0], e[:, splits * part :], w[splits * part :], add=True)
 

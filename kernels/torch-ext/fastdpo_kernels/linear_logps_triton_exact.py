@@ -51,10 +51,10 @@ def _products(
 def _logits_of(
     product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP: tl.constexpr
 ):  # z and its slope; -inf past the vocabulary
-    bias = 0.0
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    z, slope = logit(product, bias, logit_scale, cap, SOFTCAP)
+        bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0)
+        product += bias.to(tl.float32)[None, :]
+    z, slope = logit(product, logit_scale, cap, SOFTCAP)
     return tl.where((cols < V)[None, :], z, float("-inf")), slope
 
 

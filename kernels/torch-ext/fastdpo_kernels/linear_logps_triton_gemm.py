@@ -86,9 +86,9 @@ def _tanh(x):
 
 
 @triton.jit
-def logit(product, bias, logit_scale, cap, SOFTCAP: tl.constexpr):
+def logit(raw, logit_scale, cap, SOFTCAP: tl.constexpr):
     """z, and dz/da as a share of its value at a = 0 (see `Logits`)."""
-    z = (product + bias) * logit_scale
+    z = raw * logit_scale
     slope = 1.0
     if SOFTCAP:
         t = _tanh(z)
@@ -121,7 +121,7 @@ def _tile_of(index, tiles_n, tiles_v, GROUP: tl.constexpr):
 def _exponentials(
     product,  # [BLOCK_N, BLOCK_V]
     rows,  # [BLOCK_N] int64
-    cols,  # [BLOCK_V] int32, in the whole vocabulary
+    first_col,  # of the tile, in the whole vocabulary
     tile,  # which BLOCK_V of the vocabulary this is
     n_rows,
     end_col,
@@ -136,6 +136,7 @@ def _exponentials(
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
     STORE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """What E holds for this tile (if STORE); writes the tile's sums to `partial`.
 
@@ -143,31 +144,35 @@ def _exponentials(
     nothing is summed; without one ref is z_y. The target's column is 0, as are rows without target.
     """
     row_ok = rows < n_rows
-    col_ok = (cols < end_col)[None, :]
-    ref = tl.load(ref_ptr + rows, mask=row_ok, other=0.0)
+    cols = first_col + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
-    bias = 0.0
+    ref = tl.load(ref_ptr + rows, mask=row_ok, other=0.0)
+    ref = tl.where(target >= 0, ref, float("inf"))  # then e = 0, at no cost per element
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols, mask=cols < end_col, other=0.0).to(tl.float32)[None, :]
-    z, slope = logit(product, bias, logit_scale, cap, SOFTCAP)
+        bias = tl.load(bias_ptr + cols, mask=cols < end_col, other=0.0)
+        product += bias.to(tl.float32)[None, :]
+    z, slope = logit(product, logit_scale, cap, SOFTCAP)
     d = z - ref[:, None]
     if row_scale_ptr is None:
         e = tl.exp2(tl.minimum(d * LOG2E - OFFSET, CLAMP))
     else:
         e = tl.exp2(tl.minimum(d * LOG2E, 0.0))
-    e = tl.where((cols[None, :] != target[:, None]) & (target >= 0)[:, None] & col_ok, e, 0.0)
+    e = tl.where(cols[None, :] != target[:, None], e, 0.0)
+    if first_col + BLOCK_V > end_col:  # only the last tile pays for its mask
+        e = tl.where((cols < end_col)[None, :], e, 0.0)
     if row_scale_ptr is None:
         tl.store(partial_ptr + tile.to(tl.int64) * n_rows + rows, tl.sum(e, 1), mask=row_ok)
         if STATS:
             out = partial_ptr + (tile + SUM_ED * n_tiles).to(tl.int64) * n_rows + rows
             tl.store(out, tl.sum(e * tl.maximum(d, LOWEST), 1), mask=row_ok)
             out = partial_ptr + (tile + SUM_Z * n_tiles).to(tl.int64) * n_rows + rows
+            col_ok = (cols < end_col)[None, :]
             tl.store(out, tl.sum(tl.where(col_ok, z, 0.0), 1), mask=row_ok)
             inside = tl.where(col_ok, z, float("-inf"))
             top, column = tl.max(inside, 1, return_indices=True)
             out = partial_ptr + (tile + MAX_Z * n_tiles).to(tl.int64) * n_rows + rows
             tl.store(out, top, mask=row_ok)
-            column = column.to(tl.int32) + tl.min(cols, 0)
+            column = column.to(tl.int32) + first_col
             out = partial_ptr + (tile + ARGMAX * n_tiles).to(tl.int64) * n_rows + rows
             tl.store(out, column.to(tl.float32, bitcast=True), mask=row_ok)
             square = tl.exp2((inside - tl.maximum(top, -1e30)[:, None]) * (2.0 * LOG2E))
@@ -234,9 +239,10 @@ def _exp_gemm_kernel(
         h_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     e = _exponentials(
-        product, rows, cols, first_tile + block_v, n_rows, end_col, n_tiles,
+        product, rows, first_col + block_v * BLOCK_V, first_tile + block_v,
+        n_rows, end_col, n_tiles,
         ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
-        SOFTCAP, STATS, e_ptr is not None,
+        SOFTCAP, STATS, e_ptr is not None, BLOCK_V,
     )  # fmt: skip
     if e_ptr is not None:
         out = e_ptr + rows[:, None] * stride_e + (cols - first_col)[None, :]
@@ -262,10 +268,10 @@ def _descriptor_tile(
         w = weight_desc.load([col, k])
         product = tl.dot(h, w.T, product)
     e = _exponentials(
-        product, row.to(tl.int64) + tl.arange(0, BLOCK_N), first_col + col + tl.arange(0, BLOCK_V),
-        first_tile + block_v, n_rows, end_col, n_tiles,
+        product, row.to(tl.int64) + tl.arange(0, BLOCK_N), first_col + col, first_tile + block_v,
+        n_rows, end_col, n_tiles,
         ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
-        SOFTCAP, STATS, e_desc is not None,
+        SOFTCAP, STATS, e_desc is not None, BLOCK_V,
     )  # fmt: skip
     if e_desc is not None:
         e_desc.store([row, col], e.to(E_DTYPE))
@@ -350,10 +356,11 @@ def _exp_tile_kernel(
     inside = (rows < n_rows)[:, None] & (cols < end_col)[None, :]
     at = product_ptr + rows[:, None] * stride_product + (cols - first_col)[None, :]
     e = _exponentials(
-        tl.load(at, mask=inside, other=0.0), rows, cols, first_tile + block_v,
+        tl.load(at, mask=inside, other=0.0), rows, first_col + block_v * BLOCK_V,
+        first_tile + block_v,
         n_rows, end_col, n_tiles,
         ref_ptr, target_ptr, bias_ptr, row_scale_ptr, partial_ptr, logit_scale, cap,
-        SOFTCAP, STATS, e_ptr is not None,
+        SOFTCAP, STATS, e_ptr is not None, BLOCK_V,
     )  # fmt: skip
     if e_ptr is not None:
         out = e_ptr + rows[:, None] * stride_e + (cols - first_col)[None, :]

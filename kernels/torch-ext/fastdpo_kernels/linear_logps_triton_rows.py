@@ -77,10 +77,10 @@ def _target_logits_kernel(
         at = weight_ptr + y[:, None] * stride_weight + ks[None, :] * stride_weight_k
         w = tl.load(at, mask=mask, other=0.0)
         acc += h.to(tl.float32) * w.to(h.dtype).to(tl.float32)
-    bias = 0.0
+    raw = tl.sum(acc, 1)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + y, mask=has, other=0.0).to(tl.float32)
-    z, _ = logit(tl.sum(acc, 1), bias, logit_scale, cap, SOFTCAP)
+        raw += tl.load(bias_ptr + y, mask=has, other=0.0).to(tl.float32)
+    z, _ = logit(raw, logit_scale, cap, SOFTCAP)
     tl.store(z_ptr + rows, tl.where(has, z, 0.0), mask=row_ok)
     tl.store(target_ptr + rows, tl.where(has, y, -1).to(tl.int32), mask=row_ok)
 

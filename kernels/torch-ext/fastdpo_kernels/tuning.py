@@ -43,22 +43,25 @@ class Gemm:
 @dataclass(frozen=True)
 class Variant:
     """`library`: a library GEMM writes fp32 products and the epilogue is a kernel of its own.
-    `share`: part of the workspace that E may take. `splits`: parts of the vocabulary that the
-    second GEMM sums apart, for more output tiles."""
+    `share`: part of the workspace that E may take. `split`: whether the second GEMM may sum parts
+    of the vocabulary apart, where its output has too few tiles for the device."""
 
     gemm: Gemm
     library: bool = False
     share: float = 1.0
-    splits: int = 1
+    split: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A variant with its chunk of tokens (`rows`) and of the vocabulary (`cols`)."""
+    """A variant with its chunk of tokens (`rows`) and of the vocabulary (`cols`).
+
+    `splits`: the parts of a chunk that the second GEMM sums apart."""
 
     variant: Variant
     rows: int
     cols: int
+    splits: int
     bytes: int  # of the buffer that a call works in
 
 
@@ -193,18 +196,18 @@ def default_variant(problem: Problem, device: Device) -> Variant:
     """
     gemm = table(problem, device)[0]
     library = problem.float32 and device.arch != "interpreter"
-    return Variant(gemm, library=library, splits=_splits(problem, device))
+    return Variant(gemm, library=library)
 
 
-def _splits(problem: Problem, device: Device) -> int:
-    """Enough parts of the second GEMM to give every multiprocessor a 128 x 128 output tile."""
-    if problem.work != "hidden" or problem.n > 1024:
+MOST_SPLITS = 8
+
+
+def _splits(problem: Problem, device: Device, rows: int) -> int:
+    """Parts that give every multiprocessor an output tile of 128 x 256 in the second GEMM."""
+    if problem.work != "hidden":
         return 1
-    tiles = math.ceil(problem.n / 128) * math.ceil(problem.d / 128)
-    splits = 1
-    while splits < 8 and 2 * splits * tiles <= device.sms:
-        splits *= 2
-    return splits
+    tiles = math.ceil(rows / 128) * math.ceil(problem.d / 256)
+    return max(1, min(MOST_SPLITS, device.sms // tiles))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -218,17 +221,17 @@ def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
     beside = 64 * problem.n + (kept_bytes(problem) if problem.kept else 0)  # vectors [N], E
     for rows in _steps(problem.n, variant.gemm.block_n, 16):
         for cols in _steps(problem.v, variant.gemm.block_v, variant.gemm.block_v):
-            size = footprint(problem, variant, rows, cols)
-            least = beside + size if least is None else min(least, beside + size)
-            if beside + size > problem.workspace:
-                continue
             if variant.share < 1 and cols > variant.gemm.block_v:
-                e = rows * cols * problem.e_bytes
-                if e > variant.share * problem.workspace:
+                if rows * cols * problem.e_bytes > variant.share * problem.workspace:
                     continue
-            cost = roofline(problem, variant, device, rows, cols)
-            if best is None or cost < best[0]:
-                best = (cost, Plan(variant, rows, cols, size))
+            for splits in {1, _splits(problem, device, rows) if variant.split else 1}:
+                size = footprint(problem, variant, rows, cols, splits)
+                least = beside + size if least is None else min(least, beside + size)
+                if beside + size > problem.workspace:
+                    continue
+                cost = roofline(problem, variant, device, rows, cols, splits)
+                if best is None or cost < best[0]:
+                    best = (cost, Plan(variant, rows, cols, splits, size))
     if best is None:
         raise ValueError(
             f"linear_logps: workspace_bytes={problem.workspace} is too small for N={problem.n}, "
@@ -238,7 +241,7 @@ def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
     return best[1]
 
 
-def footprint(problem: Problem, variant: Variant, rows: int, cols: int) -> int:
+def footprint(problem: Problem, variant: Variant, rows: int, cols: int, splits: int) -> int:
     """Bytes of the buffer that chunks of `rows` x `cols` work in."""
     n_tiles = math.ceil(problem.v / variant.gemm.block_v)
     wide = round_up(cols, 8)
@@ -254,7 +257,7 @@ def footprint(problem: Problem, variant: Variant, rows: int, cols: int) -> int:
         # At least what the exact kernels need of the same memory.
         size += rows * 4 * max(problem.fields * n_tiles, 5 * min(16, n_tiles))
         if problem.work == "hidden":
-            size += rows * problem.d * 4 * variant.splits
+            size += rows * problem.d * 4 * splits
     if variant.library:
         size += rows * wide * 4
         in_place = problem.float32 or problem.work == "sums"
@@ -264,32 +267,40 @@ def footprint(problem: Problem, variant: Variant, rows: int, cols: int) -> int:
     return size
 
 
-def roofline(problem: Problem, variant: Variant, device: Device, rows: int, cols: int) -> float:
+def roofline(
+    problem: Problem, variant: Variant, device: Device, rows: int, cols: int, splits: int
+) -> float:
     """Seconds, roughly: what chunking costs in idle multiprocessors, repeated reads, launches."""
     chunks = math.ceil(problem.n / rows) * math.ceil(problem.v / cols)
     width = 4 if problem.float32 else 2
-    rows, cols = min(rows, problem.n), min(cols, problem.v)
+    library = ((128, 256, 1.0), (128, 128, 0.9), (64, 128, 0.75))  # tiles and how well they run
+    own = ((variant.gemm.block_n, variant.gemm.block_v, 1.0),)
 
-    def gemm(m: int, n: int, k: int, splits: int = 1) -> float:
-        tiles = math.ceil(m / 128) * math.ceil(n / 256) * splits
-        waves = math.ceil(tiles / device.sms)
-        flops = waves * device.sms * 128 * 256 * 2 * k / splits
-        moved = width * (m * k + n * k)
-        return max(flops / device.flops, moved / device.bandwidth)
+    def gemm(shapes, m: int, n: int, k: int, out_bytes: float, splits: int = 1) -> float:
+        """Whole waves of tiles, and the bytes of operands and result; the two overlap in part."""
+        flops = math.inf
+        for tile_m, tile_n, rate in shapes:
+            waves = math.ceil(-(-m // tile_m) * -(-n // tile_n) * splits / device.sms)
+            flops = min(flops, waves * device.sms * 2 * tile_m * tile_n * k / splits / rate)
+        moved = width * (m * k + n * k) + out_bytes
+        return math.hypot(flops / device.flops, moved / device.bandwidth)
 
     cells = rows * cols
-    once = 0.0 if problem.work == "weight" and problem.kept else gemm(rows, cols, problem.d)
-    moved, launches = 0.0, 2
-    if problem.work == "hidden":
-        once += gemm(rows, problem.d, cols, variant.splits)
-        moved += 8 * rows * problem.d * variant.splits + 2 * cells * width
-    elif problem.work == "weight":
-        once += gemm(cols, problem.d, rows)
-        moved += 4 * rows * problem.d + 8 * cols * problem.d + 2 * cells * width
+    seconds, launches = 0.0, 2
     if variant.library:
-        moved += 8 * cells
+        seconds += gemm(library, rows, cols, problem.d, 4 * cells)
+        seconds += (4 + width) * cells / device.bandwidth
         launches += 1
-    return chunks * (once + moved / device.bandwidth + launches * _LAUNCH)
+    elif not (problem.work == "weight" and problem.kept):
+        stored = 0 if problem.work == "sums" else width * cells
+        seconds += gemm(own, rows, cols, problem.d, stored)
+    if problem.work == "hidden":
+        again = 8 if cols < problem.v else 4  # accumulating reads what was there
+        seconds += gemm(library, rows, problem.d, cols, again * rows * problem.d * splits, splits)
+    elif problem.work == "weight":
+        seconds += gemm(library, cols, problem.d, rows, 4 * cols * problem.d)
+        seconds += 2 * width * rows * problem.d / device.bandwidth  # the operand's copy
+    return chunks * (seconds + launches * _LAUNCH)
 
 
 def _steps(size: int, block: int, least: int) -> list[int]:
@@ -367,8 +378,9 @@ def _rounds(problem: Problem, device: Device) -> list[Callable[[Variant], list[V
         return [dataclasses.replace(best, share=share) for share in (0.5, 0.2)]
 
     def splits(best: Variant) -> list[Variant]:
-        other = 1 if best.splits > 1 else 2 * _splits(problem, device)
-        return [dataclasses.replace(best, splits=other)] if problem.n <= 1024 else []
+        if plan(problem, best, device).splits == 1:
+            return []
+        return [dataclasses.replace(best, split=False)]
 
     kept = problem.work == "weight" and problem.kept
     return (

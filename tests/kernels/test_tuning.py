@@ -1,0 +1,249 @@
+"""How the Triton `linear_logps` divides its work: bytes, operations, launches, and the choice."""
+
+import dataclasses
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+
+from fastdpo_kernels import tuning
+from fastdpo_kernels.tuning import Device, Gemm, Problem, Variant
+
+H200 = Device("H200", "sm90", 132, 6.5e12 * 132, 3.8e12)
+A100 = Device("A100", "sm80", 108, 2.9e12 * 108, 1.8e12)
+MIB = 2**20
+
+
+def problem(**changes) -> Problem:
+    plain = Problem(
+        work="hidden", n=4096, d=4096, v=128256, float32=False, rich=False, fields=1, row_copy=0,
+        col_copy=0, kept=False, direct=True, aligned=True, workspace=256 * MIB,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def planned(task: Problem, device: Device = H200, variant: Variant | None = None):
+    variant = variant or tuning.default_variant(task, device)
+    return tuning.plan(task, variant, device)
+
+
+SHAPES = [(896, 151936), (2048, 128256), (4096, 128256), (2304, 262144), (4097, 50257), (64, 33)]
+
+
+@pytest.mark.parametrize("workspace", [16 * MIB, 256 * MIB])
+@pytest.mark.parametrize("work", ["sums", "hidden", "weight"])
+def test_every_plan_fits_its_workspace(work, workspace):
+    for n, (d, v), fields, float32 in itertools.product(
+        (1, 127, 512, 4096, 32768), SHAPES, (1, 6), (False, True)
+    ):
+        if work == "weight" and fields > 1:
+            continue
+        for library, split in itertools.product((False, True), (False, True)):
+            task = problem(
+                work=work, n=n, d=d, v=v, fields=fields, float32=float32, workspace=workspace
+            )
+            gemm = tuning.table(task, H200)[0]
+            plan = planned(task, variant=Variant(gemm, library=library, split=split))
+            assert split or plan.splits == 1
+            assert plan.bytes + 64 * n <= workspace
+            assert plan.rows <= n and plan.cols <= v
+            # chunks start where pointers stay aligned and tiles begin
+            assert plan.rows == n or plan.rows % 16 == 0
+            assert plan.cols == v or plan.cols % gemm.block_v == 0
+
+
+def overhead(task: Problem) -> float:
+    """The plan's roofline over that of two bare GEMMs."""
+    plan = planned(task)
+    seconds = tuning.roofline(task, plan.variant, H200, plan.rows, plan.cols, plan.splits)
+    return seconds / (4 * task.n * task.d * task.v / H200.flops)
+
+
+@pytest.mark.parametrize("n", [4096, 32768])
+@pytest.mark.parametrize(("d", "v"), SHAPES[:4])
+def test_the_default_workspace_costs_little(n, d, v):
+    """What chunks of 256 MiB add, by the roofline, leaves room below the bars (1.15 times two bare
+    GEMMs at D = 4096, 1.35 at smaller D), and is little more than without a bound."""
+    task = problem(n=n, d=d, v=v)
+    assert overhead(task) < (1.08 if d == 4096 else 1.2)
+    assert overhead(task) < 1.08 * overhead(dataclasses.replace(task, workspace=2**40))
+
+
+def test_sixteen_mebibytes_still_make_progress():
+    assert overhead(problem(workspace=16 * MIB)) < 2
+
+
+def test_kept_exponentials_count_as_workspace():
+    task = problem(kept=True, workspace=256 * MIB)
+    with pytest.raises(ValueError, match="workspace_bytes=268435456 .* take"):
+        planned(task)
+    room = tuning.kept_bytes(task) + 256 * MIB
+    plan = planned(dataclasses.replace(task, workspace=room))
+    assert tuning.kept_bytes(task) == 2 * 4096 * 128256
+    assert plan.bytes + tuning.kept_bytes(task) <= room
+    assert plan.cols == 128256  # E is there already: nothing to chunk for
+
+
+def test_few_rows_split_the_second_gemm():
+    assert planned(problem(n=512, d=896)).splits >= 2
+    assert planned(problem(n=32768)).splits == 1
+    assert planned(problem(n=512, d=896, work="sums")).splits == 1
+    gain = dataclasses.replace(problem(n=512, d=896))
+    whole = planned(gain, variant=Variant(tuning.table(gain, H200)[0], split=False))
+    split = planned(gain)
+    costs = [
+        tuning.roofline(gain, p.variant, H200, p.rows, p.cols, p.splits) for p in (whole, split)
+    ]
+    assert costs[1] < 0.8 * costs[0]
+
+
+def test_tables_by_operands():
+    assert tuning.default_variant(problem(), H200).gemm.loads == "persistent"
+    assert tuning.default_variant(problem(aligned=False), H200).gemm.loads == "pointer"
+    assert tuning.default_variant(problem(), A100).gemm.loads == "pointer"
+    assert tuning.default_variant(problem(float32=True), H200).library
+    for arch, tables in tuning.TABLES.items():
+        assert tables.keys() == {"half", "rich", "stats", "float32"}, arch
+        assert all(any(g.loads == "pointer" for g in rows) for rows in tables.values()), arch
+
+
+def test_a_workspace_too_small_names_both_numbers():
+    with pytest.raises(ValueError, match=r"workspace_bytes=100000 .*take \d+ bytes; raise"):
+        planned(problem(workspace=100_000))
+
+
+def test_plans_are_quick_to_make():
+    """Packs differ in N from step to step; a plan must not cost what a kernel does."""
+    import time
+
+    task = problem()
+    started = time.process_time()
+    for n in range(2000, 2050):
+        planned(dataclasses.replace(task, n=n))
+    assert (time.process_time() - started) / 50 < 0.02
+
+
+# ---- the measured choice, with a clock and a cache of the test's own
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTDPO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return tmp_path
+
+
+def timer(monkeypatch, seconds):
+    """Replaces timing: `seconds(variant)` is what a variant takes; returns what was timed."""
+    timed = []
+
+    def fake(task, variant, device, run):
+        timed.append(variant)
+        return seconds(variant)
+
+    monkeypatch.setattr(tuning, "_time", fake)
+    return timed
+
+
+def test_the_fastest_is_chosen_once_and_kept(fresh, monkeypatch):
+    second = tuning.table(problem(), H200)[1]
+    timed = timer(monkeypatch, lambda v: 1.0 if v.gemm == second and v.share == 0.5 else 2.0)
+    best = tuning.choose(problem(), H200, lambda plan: None, measure=True).variant
+    # tiles first, each with the whole workspace; then the share, on the best of them
+    assert best.gemm != second or best.share == 0.5
+    count = len(timed)
+    assert count >= 5 and timed[0] == tuning.default_variant(problem(), H200)
+    tuning.choose(problem(n=4000), H200, lambda plan: None, measure=True)
+    assert len(timed) == count, "the same bucket of N is not measured again"
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert tuning.choose(problem(), H200, lambda plan: None, measure=True).variant == best
+    assert len(timed) == count, "another process reads the choice"
+    tuning.choose(problem(n=512), H200, lambda plan: None, measure=True)
+    assert len(timed) > count, "another bucket is measured"
+
+
+def test_without_measuring_the_first_row_is_taken(fresh, monkeypatch):
+    timed = timer(monkeypatch, lambda v: 1.0)
+    plan = tuning.choose(problem(), H200, lambda plan: None, measure=False)
+    assert plan.variant == tuning.default_variant(problem(), H200)
+    assert not timed and not list(fresh.iterdir())
+
+
+def test_deterministic_runs_do_not_measure():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not tuning.measurable(torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not tuning.measurable(torch.device("cpu"))
+
+
+def test_measuring_stops_after_its_budget(fresh, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+
+    def slow(variant):
+        clock[0] += 2.0  # a compilation
+        return 1.0
+
+    timed = timer(monkeypatch, slow)
+    tuning.choose(problem(), H200, lambda plan: None, measure=True)
+    assert len(timed) == 1, "a second one would have gone past the budget"
+    (file,) = (fresh / "tuning").glob("*.json")
+    assert not json.loads(file.read_text())["complete"]
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning.choose(problem(), H200, lambda plan: None, measure=True)
+    assert len(timed) > 1, "the next process goes on"
+
+
+def test_a_variant_that_cannot_run_is_passed_over(fresh, caplog):
+    def run(plan):
+        raise RuntimeError("out of resource: shared memory")
+
+    with caplog.at_level(logging.INFO, "fastdpo_kernels"):
+        seconds = tuning._time(problem(), tuning.default_variant(problem(), H200), H200, run)
+    assert seconds == float("inf")
+    assert "out of resource" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"key": 1}'])
+def test_a_damaged_file_is_measured_again(fresh, monkeypatch, damage, caplog):
+    timed = timer(monkeypatch, lambda v: 1.0)
+    tuning.choose(problem(), H200, lambda plan: None, measure=True)
+    (file,) = (fresh / "tuning").glob("*.json")
+    file.write_text(damage)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    before = len(timed)
+    tuning.choose(problem(), H200, lambda plan: None, measure=True)
+    assert len(timed) > before
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FASTDPO_CACHE_DIR", str(blocked))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    timer(monkeypatch, lambda v: 1.0)
+    tuning.choose(problem(), H200, lambda plan: None, measure=True)
+    assert "cannot keep the tuning choice" in caplog.text
+
+
+def test_a_choice_that_does_not_fit_falls_back(fresh, monkeypatch):
+    """Measured at one N of a bucket; at another the same variant may not fit."""
+    hungry = Variant(Gemm(128, 128, 32, 4, 4), library=True)
+    monkeypatch.setattr(tuning, "_measure", lambda *args: hungry)
+    monkeypatch.setattr(tuning, "plan", refuse(tuning.plan, hungry))
+    task = problem()
+    plan = tuning.choose(task, H200, lambda plan: None, measure=True)
+    assert plan.variant == tuning.default_variant(task, H200)
+
+
+def refuse(inner, variant):
+    def plan(task, asked, device):
+        if asked == variant:
+            raise ValueError("too small")
+        return inner(task, asked, device)
+
+    return plan
