@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo_kernels import (
@@ -90,6 +91,41 @@ def test_only_some_rows_overflow():
     alone = linear_logps(ordinary.hidden, far.weight, ordinary.targets)
     beside = linear_logps(mixed.hidden, mixed.weight, mixed.targets)[::2]
     torch.testing.assert_close(alone, beside, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_frame_near_the_maximum_serves_all_rows(dtype, transform, monkeypatch):
+    """As on a GPU, where no row's overflow is waited for."""
+    monkeypatch.setattr(linear_logps_torch, "_OVERFLOW", 0.0)
+    check(peaked_head(129, 65, 1025, dtype=dtype, bias=True, ignored=0.1), **transform)
+    check(flat_head(64, 48, 2049, dtype=dtype), workspace_bytes=SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("workspace_bytes", [256 * 2**20, SMALL], ids=["kept", "again"])
+def test_gemms_of_16_bit_operands(dtype, workspace_bytes, monkeypatch):
+    """The way of a GPU, with its fp32-result GEMM emulated: E is rounded to be multiplied."""
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == dtype
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(linear_logps_torch, "_OVERFLOW", 0.0)
+    monkeypatch.setattr(linear_logps_torch_tiles.Head, "halves", property(lambda head: True))
+    monkeypatch.setattr(torch, "mm", mm)
+    for head in (
+        peaked_head(129, 65, 1025, dtype=dtype, bias=True, ignored=0.1),
+        flat_head(64, 48, 2049, dtype=dtype),
+        far_head(70, 40, 801, gap=200, dtype=dtype),
+    ):
+        actual = run(linear_logps, head, impl="torch", workspace_bytes=workspace_bytes)
+        numerics.assert_logps_close(head, actual.logps)
+        # E, and for dW in bf16 the scaled hidden rows: half an ulp each. fp16 rounds what is below
+        # 2^-14 of its range by 2^-25 at most, in each of V columns; E is scaled by 2^14 there.
+        lost = head.weight.shape[0] * 2.0**-39 if dtype == torch.float16 else 0.0
+        numerics.assert_grads_close(head, actual, e_ulp=numerics.ULP[dtype] + lost)
+        numerics.assert_stats_close(head, actual.stats)
 
 
 @pytest.mark.parametrize("level", [100, 3000])
@@ -309,6 +345,10 @@ def test_masked_vocabulary_through_an_infinite_bias():
     want, small = linear_logps(head.hidden, head.weight[keep], targets, stats=("entropy",))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.entropy, small.entropy, rtol=1e-5, atol=1e-5)
+    never = torch.full_like(targets, 55)
+    got, stats = linear_logps(head.hidden, head.weight, never, bias=bias, stats=("entropy",))
+    assert got.isneginf().all()
+    torch.testing.assert_close(stats.entropy, small.entropy, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_inputs():
@@ -401,6 +441,49 @@ def test_top1_counts_the_first_of_equal_logits():
     hidden = torch.ones(4, 1)
     _, stats = linear_logps(hidden, weight, torch.arange(4), stats=("is_top1",))
     assert stats.is_top1 is not None and stats.is_top1.tolist() == [False, True, False, False]
+
+
+# --- work
+
+
+class CountMatmuls(TorchDispatchMode):
+    """Adds up the multiplications of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.addmm_, torch.ops.aten.addmm):
+            self.products += result.numel() * args[1].shape[1]
+        elif func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.products += result.numel() * args[0].shape[-1]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("grads", "workspace_bytes", "gemms"),
+    [
+        ((), SMALL, 1),
+        (("hidden",), SMALL, 2),
+        (("hidden", "weight"), 256 * 2**20, 3),
+        (("hidden", "weight"), SMALL, 4),
+        (("weight",), 256 * 2**20, 2),
+    ],
+)
+def test_number_of_gemms(grads, workspace_bytes, gemms):
+    n, d, v = 300, 64, 2049
+    head = peaked_head(n, d, v)
+    head.hidden.requires_grad_("hidden" in grads)
+    head.weight.requires_grad_("weight" in grads)
+    with CountMatmuls() as count:
+        logps = linear_logps(
+            head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes, stats=STATS
+        )[0]
+        if grads:
+            logps.sum().backward()
+    assert count.products == gemms * n * d * v
 
 
 # --- dtypes and autocast
@@ -659,3 +742,36 @@ def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived():
     assert not module._pending
     targets, bad = module._check_targets(torch.tensor([0, 40], device="meta"), 33, -100)
     assert bad is not None and targets.device.type == "meta"
+
+
+# --- on a GPU (the Triton implementation has its own tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_torch_on_a_gpu(dtype):
+    for head in (
+        peaked_head(129, 72, 1032, dtype=dtype, bias=True, ignored=0.1),
+        far_head(64, 40, 808, gap=200, dtype=dtype),
+    ):
+        tensors = [None if t is None else t.cuda() for t in vars(head).values()]
+        there = Head(*tensors)  # pyright: ignore[reportArgumentType]
+        actual = run(linear_logps, there, impl="torch")
+        numerics.assert_logps_close(there, actual.logps)
+        rounding = 2 * numerics.ULP[dtype] if dtype.itemsize == 2 else 0.0
+        numerics.assert_grads_close(there, actual, e_ulp=rounding)
+        numerics.assert_stats_close(there, actual.stats)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_bad_target_on_a_gpu_gives_nan_and_then_an_error():
+    hidden, weight = torch.randn(9, 8, device="cuda"), torch.randn(33, 8, device="cuda")
+    targets = torch.arange(9, device="cuda")
+    targets[4] = 33
+    logps = linear_logps(hidden, weight, targets)
+    assert logps.isnan().tolist() == [row == 4 for row in range(9)]
+    with pytest.raises(ValueError, match=r"earlier call.*targets\[4\] = 33"):
+        linear_logps(hidden, weight, targets.clamp(max=32))
+    assert linear_logps(hidden, weight, targets.clamp(max=32)).isfinite().all()

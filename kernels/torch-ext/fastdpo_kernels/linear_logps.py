@@ -334,7 +334,7 @@ def _check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, 
         host = torch.empty(3, dtype=torch.int64, pin_memory=True)
         host.copy_(report, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(targets.device))
         _pending.append((done, host, v, ignore_index))
     return targets.masked_fill(bad, ignore_index), bad
 

@@ -3,7 +3,7 @@
 Per row, in a frame r: E_v = exp(z_v - r) for v != y, s_o = sum_v E_v, s_y = exp(z_y - r), and then
     logp = -log(1 + s_o / s_y)        d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)
 (times the logit transform's slope). On a CPU r = z_y, known before the first tile, so nothing is
-ever rescaled; the rare rows that overflow this frame are done again with r near max z. Elsewhere
+ever rescaled; the rare rows that overflow this frame are done again with r = max z. Elsewhere
 all rows use that second frame (one more GEMM): asking which overflowed would wait for the device.
 Callers have checked the arguments.
 """
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from .impls import ForwardResult, TokenStats
 from .linear_logps_torch_tiles import (
-    HEADROOM,
     Head,
     accumulate,
     exponents,
     ieee_matmul,
-    near_max,
     one_minus_square,
     put_target,
+    row_max,
     spans,
     target_logits,
     tile_bytes,
@@ -51,7 +50,7 @@ class _Sums:
     """What a pass over the vocabulary gathers about k rows."""
 
     others: Tensor  # [k] sum of E over v != y
-    weighted: Tensor  # [k] sum of E (z - center): the entropy
+    weighted: Tensor  # [k] sum of E (z - r): the entropy
     tanh: Tensor  # [k] sum of tanh under a softcap: the mean logit
     top: Tensor  # [k] largest z - r so far, ...
     top_at: Tensor  # [k] ... its first column, ...
@@ -225,8 +224,7 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
     head, stats, v = job.head, job.stats, job.head.weight.shape[0]
     w_y = head.operand(head.weight[y]).to(head.dtype)  # [k, D]
     z_y, flat_y = target_logits(head, h, w_y, y)
-    r = near_max(head, h, job.buffer, job.cols) if at_max else z_y
-    center = r + HEADROOM if at_max else z_y
+    r = row_max(head, h, job.buffer, job.cols) if at_max else z_y
     sums = _Sums.zeros(len(h), z_y)
     grad = torch.zeros(h.shape, dtype=head.dtype, device=h.device) if job.need_grad else None
     for v0, v1 in spans(v, job.cols):
@@ -238,7 +236,7 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
         )
         cap = rest.pop(0) if head.softcap is not None else None
         exponents(head, h, w, b, r, tile, cap)
-        _fold(sums, tile, cap, rest[0] if rest else None, y, v0, r - center, stats)
+        _fold(sums, tile, cap, rest[0] if rest else None, y, v0, stats)
         if grad is not None:
             accumulate(head, grad, tile, w)
 
@@ -256,10 +254,10 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
         store.scatter_(1, y[:, None], target_e[:, None])
     found = {}
     if "entropy" in stats:
-        # -sum p log p with log p_v = (z_v - c) - (log sum - c), c near what carries the weight
-        spread = -inv_sum.log() - HEADROOM if at_max else -logps
-        of_target = log_sy.exp() * (z_y - center)
-        found["entropy"] = spread - (sums.weighted + of_target) * inv_sum
+        # -sum p log p, with log p_v = (z_v - r) - log(s_o + s_y)
+        log_sum = -inv_sum.log() if at_max else -logps
+        of_target = log_sy.exp() * log_sy.clamp(min=-1e4)
+        found["entropy"] = log_sum - (sums.weighted + of_target) * inv_sum
     if "mean_logits" in stats:
         if job.mean is not None:
             found["mean_logits"] = head.slope * (h.to(head.dtype) @ job.mean[0] + job.mean[1])
@@ -280,7 +278,6 @@ def _fold(
     scratch: Tensor | None,
     y: Tensor,
     v0: int,
-    to_center: Tensor,
     stats: tuple[str, ...],
 ) -> None:
     """Adds a tile of z - r to the sums, and leaves in it E times the slope of tanh."""
@@ -298,7 +295,7 @@ def _fold(
     if "entropy" in stats:
         assert scratch is not None
         # A masked logit of -inf has E = 0 and must not make 0 * inf.
-        torch.add(tile, to_center[:, None], out=scratch).clamp_(min=-1e4)
+        torch.clamp(tile, min=-1e4, out=scratch)
     tile.exp_()
     put_target(tile, y - v0, tile.new_zeros(()).expand(len(y)))
     sums.others += tile.sum(1)

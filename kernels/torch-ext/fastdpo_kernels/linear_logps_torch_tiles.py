@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEADROOM = 10.0  # max z - r in the frame near the maximum, so that E spans the range of fp16 too
 ROWS, COLS = 1024, 4096  # the largest tile; CPU GEMMs gain nothing from a larger one
 
 
@@ -90,15 +89,15 @@ def exponents(
     tile.sub_(r[:, None])
 
 
-def near_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
-    """max z - HEADROOM, [k]: a frame that no row overflows."""
+def row_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
+    """max z, [k]: a frame that no row overflows."""
     top = torch.full((h.shape[0],), -math.inf, dtype=head.dtype, device=h.device)
     zero = torch.zeros_like(top)
     for v0, v1 in spans(head.weight.shape[0], cols):
         tile, *rest = views(buffer[: head.tiles], h.shape[0], v1 - v0)
         exponents(head, h, *head.rows(v0, v1), zero, tile, rest[0] if rest else None)
         top = torch.maximum(top, tile.amax(1))
-    return top - HEADROOM
+    return top
 
 
 def _add_product(head: Head, tile: Tensor, h: Tensor, w: Tensor, factor: float) -> None:
@@ -110,11 +109,13 @@ def _add_product(head: Head, tile: Tensor, h: Tensor, w: Tensor, factor: float) 
 
 
 def accumulate(head: Head, grad: Tensor, e: Tensor, w: Tensor) -> None:
-    """grad += E @ w, in fp32."""
-    if head.halves:
-        grad += torch.mm(e.to(head.rounded), w, out_dtype=head.dtype)
-    else:
+    """grad += E @ w, summed in fp32. On a GPU, where E <= 1, a 16-bit w meets E in its dtype."""
+    if not head.halves:
         grad.addmm_(e, w)
+    elif head.rounded == torch.float16:  # whose range of 2^-24 to 2^16 E is moved to the middle of
+        grad.add_(torch.mm((e * 2.0**14).half(), w, out_dtype=head.dtype), alpha=2.0**-14)
+    else:
+        grad.add_(torch.mm(e.to(head.rounded), w, out_dtype=head.dtype))
 
 
 def put_target(tile: Tensor, column: Tensor, value: Tensor) -> None:
