@@ -16,7 +16,7 @@ from .batch import Pack
 from .data import TokenizedPairs
 from .objective import PackLoss
 from .pair_logps import per_response
-from .runtime import sum_over_ranks
+from .runtime import sum_over_ranks, total_over_ranks
 
 # One column a metric, TRL's names. All are means over pairs.
 NAMES = (
@@ -146,7 +146,10 @@ def _necessary_tokens(pairs: TokenizedPairs, pair_ids: list[int]) -> int:
 
 @dataclass
 class Throughput:
-    """Pairs and tokens per second since the last `reset`, pauses (evaluation, saving) left out."""
+    """Pairs and tokens per second, of all ranks, since the last `reset`.
+
+    Pauses (evaluation, saving) are left out.
+    """
 
     pairs: int = 0
     tokens: int = 0
@@ -160,11 +163,11 @@ class Throughput:
     def pause(self, seconds: float) -> None:
         self.paused += seconds
 
-    def read(self) -> dict[str, float]:
+    def read(self, device: torch.device) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         return {
-            "pairs_per_second": self.pairs / seconds,
-            "tokens_per_second": self.tokens / seconds,
+            "pairs_per_second": total_over_ranks(self.pairs, device) / seconds,
+            "tokens_per_second": total_over_ranks(self.tokens, device) / seconds,
         }
 
     def reset(self) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .config import DPOConfig, ModelConfig
-from .errors import CheckpointError, MissingPackageError, ModelError
+from .errors import CheckpointError, ConfigError, MissingPackageError, ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -59,6 +59,32 @@ def load_ref_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | Pe
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     return load_pretrained(config.ref_model_name_or_path, args.device, **kwargs)
+
+
+def load_by_name(
+    name: str, args: DPOConfig, quantization_config: Any = None
+) -> PreTrainedModel | PeftModel:
+    """The model called `name`, loaded with `args.model_init_kwargs` onto the training device."""
+    kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return load_pretrained(name, args.device, **kwargs)
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel, args: DPOConfig, quantization_config: Any
+) -> PreTrainedModel | PeftModel:
+    """`model` itself, or the model of that name; refuses load options where nothing is loaded."""
+    if isinstance(model, str):
+        return load_by_name(model, args, quantization_config)
+    if quantization_config is not None or args.model_init_kwargs:
+        option = "model_init_kwargs" if quantization_config is None else "quantization_config"
+        raise ConfigError(
+            f"{option} applies when a model is loaded, and model= is loaded already; pass the "
+            f"model's name, or leave {option} out"
+        )
+    return model
 
 
 def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -103,6 +129,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the model `name`; `ModelError` where there is none."""
+    if not name:
+        raise ModelError("the model has no name to load a tokenizer by; pass processing_class=")
     _check_exists(name)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)

@@ -46,6 +46,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def total_over_ranks(value: int, device: torch.device) -> float:
+    """The sum of a host count over all ranks; no device work where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    return sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=device)).item()
+
+
 def sum_gradients_over_ranks(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Adds up every parameter's gradient over the ranks, in buckets, in place.
 

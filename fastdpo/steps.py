@@ -22,14 +22,28 @@ from .runtime import prefetch
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs in the mode that the model takes, of at most `max_tokens` tokens, on `device`."""
+    """Packs in the mode that the model takes, of at most `max_tokens` tokens, on `device`.
+
+    max_seqlen: the longest sequence that the model's rotary embedding takes in a pack, if bounded.
+    """
 
     mode: str
     max_tokens: int
     device: torch.device
+    max_seqlen: int | None = None
 
     def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
         """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
+        if self.max_seqlen is not None and len(pair_ids):
+            lengths = pairs.lengths[pair_ids]
+            longest = lengths[:, 0] + lengths[:, 1:].max(axis=1) - 1  # a last token is no input
+            worst = int(longest.argmax())
+            if longest[worst] > self.max_seqlen:
+                raise DataError(
+                    f"row {int(pairs.rows[pair_ids[worst]])} takes {int(longest[worst])} tokens; "
+                    f"past {self.max_seqlen} this model's rotary embedding would change for every "
+                    f"row packed with it: set max_length to {self.max_seqlen}"
+                )
         return plan_packs(
             pairs,
             pair_ids,

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,16 @@ from .config import DPOConfig
 from .data import TokenizedPairs, tokenize_pairs
 from .data_columns import require_columns
 from .errors import CheckpointError, ConfigError, DataError, ModelError
+from .first_step import check_first_step
 from .logps import PackedForwardInfo
 from .metrics import TOKEN_STATS, MetricsFile, PackStats, PreferenceMetrics, Throughput
-from .model import base_model, load_pretrained, load_pretrained_tokenizer, load_weights
+from .model import (
+    base_model,
+    load_by_name,
+    load_policy,
+    load_pretrained_tokenizer,
+    load_weights,
+)
 from .objective import Objective, PackLoss, ScoredPack, number_columns
 from .optim import make_optimizer, make_scheduler
 from .policy import open_reference_cache, prepare_models
@@ -43,7 +50,13 @@ from .precompute import Precomputation, PrecomputedReference, precompute
 from .reference_logps import LiveReference, ModelReference, Reference, evaluating
 from .reference_sync import follow, load_reference_state, reference_state
 from .report import plot_curves
-from .runtime import make_deterministic, peak_memory_gib, sum_gradients_over_ranks, sum_over_ranks
+from .runtime import (
+    make_deterministic,
+    peak_memory_gib,
+    sum_gradients_over_ranks,
+    sum_over_ranks,
+    total_over_ranks,
+)
 from .steps import Packer, StepPacks, StepPlan, mean_chosen_length
 
 logger = logging.getLogger(__name__)
@@ -94,19 +107,11 @@ class DPOTrainer:
             make_deterministic()
         set_seed(self.args.seed)  # an adapter's first weights are random
 
-        if isinstance(model, str):
-            name = model
-            model = self._load(name, quantization_config)
-        else:
-            name = base_model(model).config._name_or_path
-            self._refuse_load_options(quantization_config)
+        name = model if isinstance(model, str) else base_model(model).config._name_or_path
+        model = load_policy(model, self.args, quantization_config)
         if isinstance(ref_model, str):
-            ref_model = self._load(ref_model, None)
+            ref_model = load_by_name(ref_model, self.args)
         if processing_class is None and _needs_tokenizer(train_dataset, eval_dataset):
-            if not name:
-                raise ConfigError(
-                    "the model has no name to load a tokenizer by; pass processing_class="
-                )
             processing_class = load_pretrained_tokenizer(
                 name, trust_remote_code=self.args.trust_remote_code
             )
@@ -126,7 +131,12 @@ class DPOTrainer:
         )
         self.model, self.packed_forward = models.policy, models.packed
         self._forward, self._reference_name = models.forward, models.reference.name
-        self.packer = Packer(models.packed.mode, self.args.max_tokens_per_pack, self.device)
+        self.packer = Packer(
+            models.packed.mode,
+            self.args.max_tokens_per_pack,
+            self.device,
+            models.packed.max_seqlen,
+        )
         self._prepare_references(models.reference, models.packed_reference)
 
         self.optimizer, self.lr_scheduler = optimizers
@@ -152,23 +162,6 @@ class DPOTrainer:
         self.control = self._event("on_init_end")
 
     # ---- construction -----------------------------------------------------------------------
-
-    def _load(self, name: str, quantization_config: Any) -> PreTrainedModel | PeftModel:
-        kwargs: dict[str, Any] = {**cast(dict, self.args.model_init_kwargs or {})}
-        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        return load_pretrained(name, self.device, **kwargs)
-
-    def _refuse_load_options(self, quantization_config: Any) -> None:
-        if quantization_config is not None or self.args.model_init_kwargs:
-            option = (
-                "quantization_config" if quantization_config is not None else "model_init_kwargs"
-            )
-            raise ConfigError(
-                f"{option} applies when a model is loaded, and model= is loaded already; pass the "
-                f"model's name, or leave {option} out"
-            )
 
     def _tokenize(self, dataset: Any, name: str) -> TokenizedPairs:
         wanted = number_columns(self.args)
@@ -286,30 +279,9 @@ class DPOTrainer:
 
     def _count(self, scored: ScoredPack, loss: PackLoss) -> None:
         if self._check_first_step:
-            self._compare_with_reference(scored, loss)
+            dtype = torch.bfloat16 if self.args.bf16 else base_model(self.model).dtype
+            check_first_step(scored, loss, self.args.beta, dtype)
         self.metrics.add(loss, scored.pack, scored.stats)
-
-    def _compare_with_reference(self, scored: ScoredPack, loss: PackLoss) -> None:
-        """Before the first update a reference that is the policy itself gives margins of 0.
-
-        What may differ is rounding: token log-probs err by a few eps times their size, at random
-        over a response's n tokens, so by about 8 eps sqrt(n) times the mean |log-prob|.
-        """
-        dtype = torch.bfloat16 if self.args.bf16 else base_model(self.model).dtype
-        eps = torch.finfo(dtype).eps
-        logratios = torch.cat([loss.chosen_rewards, loss.rejected_rewards]) / self.args.beta
-        lengths = scored.pack.cu_responses.diff()[scored.pack.pairs.T.reshape(-1)]
-        size = scored.token_logps.abs().mean().clamp(min=1.0)
-        excess = (logratios.abs() - 8 * eps * lengths.clamp(min=1).sqrt() * size).max()
-        if excess > 0:
-            worst = int(logratios.abs().argmax())
-            raise ModelError(
-                "before the first update policy and reference differ by "
-                f"{float(logratios[worst]):+.3g} nat on a response of {int(lengths[worst])} "
-                "tokens, yet the reference is the initial policy: look for dropout still on, "
-                "an adapter that was trained before, or another dtype; first_step_check=False "
-                "trains regardless"
-            )
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -423,8 +395,8 @@ class DPOTrainer:
             logs["grad_norm"] = float(self._grad_norm)
         logs["learning_rate"] = self.learning_rate
         logs |= means
-        logs["num_tokens"] = self.state.num_input_tokens_seen
-        logs |= self.throughput.read()
+        logs["num_tokens"] = int(total_over_ranks(self.state.num_input_tokens_seen, self.device))
+        logs |= self.throughput.read(self.device)
         logs["waste"] = self.pack_stats.waste
         logs["peak_memory_gib"] = peak_memory_gib(self.device)
         self.metrics.reset()
@@ -516,15 +488,9 @@ class DPOTrainer:
     ) -> dict[str, float]:
         metrics = self._new_metrics()
         batch = self.args.per_device_eval_batch_size * self.args.world_size
-        started = time.perf_counter()
         mean_length = mean_chosen_length(pairs, np.arange(len(pairs)))
-        waiting: list[ScoredPack] = []  # [N] each, where the loss needs all of them
-
-        def count(scored: list[ScoredPack]) -> None:
-            losses = self.objective(scored, mean_length, grad=False)
-            for one, loss in zip(scored, losses, strict=True):
-                metrics.add(loss, one.pack, one.stats)
-
+        started = time.perf_counter()
+        waiting: list[ScoredPack] = []  # [N] each; a loss of the whole set waits for all of them
         with evaluating(self.model):
             for start in tqdm(
                 range(0, len(pairs), batch),
@@ -538,11 +504,12 @@ class DPOTrainer:
                 references = reference.token_logps(packs)
                 for pack, ref in zip(packs, references, strict=True):
                     waiting.append(self._score(pack, ref)[0])
-                    if not self.objective.needs_whole_step:
-                        count(waiting)
-                        waiting.clear()
-            if waiting:
-                count(waiting)
+                is_last = start + batch >= len(pairs)
+                if is_last or not self.objective.needs_whole_step:
+                    losses = self.objective(waiting, mean_length, grad=False)
+                    for scored, loss in zip(waiting, losses, strict=True):
+                        metrics.add(loss, scored.pack, scored.stats)
+                    waiting.clear()
         seconds = time.perf_counter() - started
         logs = {f"{prefix}_{key}": value for key, value in metrics.read().items()}
         logs[f"{prefix}_runtime"] = seconds
@@ -582,9 +549,8 @@ class DPOTrainer:
         folder = Path(output_dir or self.output_dir)
         try:
             if isinstance(self.model, PeftModel):
-                self.model.save_pretrained(
-                    str(folder), selected_adapters=self.model.active_adapters
-                )
+                adapters = self.model.active_adapters
+                self.model.save_pretrained(str(folder), selected_adapters=adapters)
             else:
                 self.model.save_pretrained(str(folder))
             if self.processing_class is not None:
