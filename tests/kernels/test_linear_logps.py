@@ -104,7 +104,8 @@ def test_the_frame_near_the_maximum_serves_all_rows(dtype, transform, monkeypatc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("workspace_bytes", [256 * 2**20, SMALL], ids=["kept", "again"])
-def test_gemms_of_16_bit_operands(dtype, workspace_bytes, monkeypatch):
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_gemms_of_16_bit_operands(dtype, workspace_bytes, transform, monkeypatch):
     """The way of a GPU, with its fp32-result GEMM emulated: E is rounded to be multiplied."""
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
@@ -119,13 +120,14 @@ def test_gemms_of_16_bit_operands(dtype, workspace_bytes, monkeypatch):
         flat_head(64, 48, 2049, dtype=dtype),
         far_head(70, 40, 801, gap=200, dtype=dtype),
     ):
-        actual = run(linear_logps, head, impl="torch", workspace_bytes=workspace_bytes)
-        numerics.assert_logps_close(head, actual.logps)
+        actual = run(linear_logps, head, workspace_bytes=workspace_bytes, **transform)
+        numerics.assert_logps_close(head, actual.logps, **transform)
         # E, and for dW in bf16 the scaled hidden rows: half an ulp each. fp16 rounds what is below
         # 2^-14 of its range by 2^-25 at most, in each of V columns; E is scaled by 2^14 there.
         lost = head.weight.shape[0] * 2.0**-39 if dtype == torch.float16 else 0.0
-        numerics.assert_grads_close(head, actual, e_ulp=numerics.ULP[dtype] + lost)
-        numerics.assert_stats_close(head, actual.stats)
+        e_ulp = numerics.ULP[dtype] + lost
+        numerics.assert_grads_close(head, actual, e_ulp=e_ulp, **transform)
+        numerics.assert_stats_close(head, actual.stats, **transform)
 
 
 @pytest.mark.parametrize("level", [100, 3000])
@@ -436,7 +438,9 @@ def test_statistics_leave_the_log_probs_as_they_are():
         assert not stats.entropy.requires_grad
 
 
-def test_top1_counts_the_first_of_equal_logits():
+@pytest.mark.parametrize("cols", [1, 2, 4])
+def test_top1_counts_the_first_of_equal_logits(cols, monkeypatch):
+    monkeypatch.setattr(linear_logps_torch_tiles, "COLS", cols)
     weight = torch.tensor([[0.0], [1.0], [1.0], [-1.0]])
     hidden = torch.ones(4, 1)
     _, stats = linear_logps(hidden, weight, torch.arange(4), stats=("is_top1",))
