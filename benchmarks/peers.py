@@ -51,6 +51,7 @@ class Timing:
     construction_seconds: float
     training_seconds: float
     seconds: float
+    cpu_seconds: float  # of all threads, construction and training: what a busy machine can't blur
     tokens: int  # that the trainer computed, padding and repetition included
     peak_bytes: int | None  # beyond what was allocated before the trainer; None on CPU
     first_loss: float
@@ -204,7 +205,7 @@ def run(
         clock = StepClock(device, end - job.steps_per_epoch, end)
         gc.collect()
         before = _reset_memory(device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         made = trainer_class(
             model=model,
             ref_model=ref_model,
@@ -218,13 +219,14 @@ def run(
         built = time.perf_counter()
         made.train()
         synchronize(device)
-        finished = time.perf_counter()
+        finished, cpu_finished = time.perf_counter(), time.process_time()
         logs = [log for log in made.state.log_history if "loss" in log]
         tokens = made.n_tokens if trainer.startswith("trl") else made.pack_stats.n_tokens
         return Timing(
             construction_seconds=built - started,
             training_seconds=finished - built,
             seconds=clock.finished - clock.started,
+            cpu_seconds=cpu_finished - cpu_started,
             tokens=tokens // job.epochs,
             peak_bytes=_peak_memory(device, before),
             first_loss=float(logs[0]["loss"]),

@@ -82,6 +82,10 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=8000, hidden_size=128, intermediate_size=384, num_hidden_layers=5,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     ),
+    "tiny-untied": _llama(
+        vocab_size=8000, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    ),
     "0.5B": Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=8192,
@@ -96,14 +100,19 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     ),
 }  # fmt: skip
-"""As Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B; tiny is the 2M Llama of benchmarks/hh.py."""
+"""As Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B; tiny is the 2M Llama of benchmarks/hh.py, and
+tiny-untied another of 2M, three quarters of which are embeddings and head."""
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of `SHAPES[shape]` with random weights and peaked logits, made on the device."""
+def random_model(
+    shape: str, device: torch.device, dtype: torch.dtype, *, peaked: bool = True
+) -> PreTrainedModel:
+    """A model of `SHAPES[shape]` with random weights, made on the device; `peaked`: its logits."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
+    if not peaked:
+        return model
     head = model.get_output_embeddings().weight
     with torch.no_grad():  # behind the last norm a hidden state has D entries of size about 1
         head.mul_(PEAKED_STD / (head.float().std() * math.sqrt(head.shape[1])).to(head.dtype))
