@@ -26,7 +26,8 @@ bench: $(VENV)/.installed-test
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-json=.benchmarks/benchmark.json
 
-lint: $(VENV)/.installed-lint
+# pyright reads the tests and benchmarks too, so it needs what they import.
+lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -63,7 +63,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         )
     if isinstance(peft_config, LoraConfig):
         _check_initialisation(peft_config)
-        _check_targets(model, peft_config.target_modules)
+        _check_targets(model, "lora_target_modules", peft_config.target_modules)
+        _check_targets(model, "lora_modules_to_save", peft_config.modules_to_save)
     return get_peft_model(model, peft_config)
 
 
@@ -76,7 +77,9 @@ def _check_initialisation(peft_config: LoraConfig) -> None:
         )
 
 
-def _check_targets(model: PreTrainedModel, targets: str | list[str] | set[str] | None) -> None:
+def _check_targets(
+    model: PreTrainedModel, option: str, targets: str | list[str] | set[str] | None
+) -> None:
     """Each named target must match a module; PEFT only objects when none of them does."""
     if targets is None or targets == "all-linear":
         return
@@ -93,9 +96,9 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str] | set[str] |
         ]
     if unmatched:
         raise ModelError(
-            f"lora_target_modules {unmatched[0]!r} matches no module of {type(model).__name__}"
+            f"{option} {unmatched[0]!r} matches no module of {type(model).__name__}"
             f"{did_you_mean(unmatched[0], candidates)}; its linear layers are "
-            f"{', '.join(candidates)}, or use 'all-linear'"
+            f"{', '.join(candidates)}"
         )
 
 

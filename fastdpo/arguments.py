@@ -318,7 +318,9 @@ class TrainingOptions:
     logps_impl: str = option(
         "auto", "Implementation of the log-prob kernel.", ("auto", "triton", "torch")
     )
-    logps_workspace_bytes: Natural = option(256 * 2**20, "Most bytes the log-probs may borrow.")
+    logps_workspace_bytes: Annotated[int, Bound(at_least=2**20)] = option(
+        256 * 2**20, "Most bytes the log-probs may borrow."
+    )
     model_init_kwargs: dict[str, Any] | str | None = option(None, "Arguments of from_pretrained.")
     trust_remote_code: bool = option(False, "Run the Python code that the model ships with.")
     deterministic: bool = option(False, "Bitwise repeatable on a GPU too, at some cost.")

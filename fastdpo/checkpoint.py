@@ -28,7 +28,13 @@ STATE_FILE = "fastdpo_state.json"
 CONFIG_FILE = "resolved_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
-OURS = (CONFIG_FILE, METRICS_FILE, CURVES_FILE)
+# What a run leaves in its folder, beside checkpoints: overwriting deletes these and nothing else.
+OURS = re.compile(
+    r"resolved_config\.yaml|metrics\.jsonl|curves\.png|README\.md|chat_template\.jinja"
+    r"|adapter_(model\.safetensors|config\.json)|model.*\.safetensors(\.index\.json)?"
+    r"|(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.json|merges\.txt"
+)
 
 
 @dataclass
@@ -74,7 +80,7 @@ def prepare_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> 
     for entry in entries:
         if CHECKPOINT.fullmatch(entry):
             shutil.rmtree(output_dir / entry)
-        elif entry in OURS:
+        elif OURS.fullmatch(entry):
             (output_dir / entry).unlink()
 
 
@@ -128,10 +134,10 @@ def save_checkpoint(
         summary = {"identity": state.identity, "sha256": files}
         (temporary / STATE_FILE).write_text(json.dumps(summary, indent=2) + "\n")
         _sync(temporary)
-    except OSError as error:
+    except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {folder.name} could not be written: {error.strerror or error}; "
+            f"checkpoint {folder.name} could not be written: {error}; "
             "the earlier checkpoints are whole"
         ) from error
     if folder.exists():

@@ -137,7 +137,10 @@ def _scalar(name: str, opt: Option | None, found: list[str]) -> Any:
     if found:
         text = found[0]
         if opt is None and name != "config":  # refused later, unless it asks for nothing
-            return yaml.safe_load(text)
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError:
+                return text
         return None if opt is not None and opt.nullable and text.lower() in NONE else text
     if opt is not None and bool not in opt.kinds:
         raise ConfigError(f"'--{name}' expects {opt.expected}, and nothing follows it")
@@ -256,7 +259,9 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
 
     trainer = _make_trainer(script, model, config)
     trainer.train()
-    metrics = trainer.evaluate() if trainer.eval_pairs else {}
+    last = trainer.state.log_history[-2:]  # an evaluation, then the run's summary
+    evaluated = [log for log in last if "eval_loss" in log and log["step"] == last[-1]["step"]]
+    metrics = evaluated[0] if evaluated else trainer.evaluate() if trainer.eval_pairs else {}
     trainer.save_model()
     if is_main:
         print("\n".join(_summary(output_dir, trainer.state.global_step, metrics)))
@@ -297,9 +302,10 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
         load_dataset_split(script.dataset_name, split, config=script.dataset_config)
         for split in splits
     )
+    policy = load_model(model, config)
     tokenizer = load_tokenizer(model)
     return DPOTrainer(
-        model=load_model(model, config),
+        model=policy,
         ref_model=load_ref_model(model, config),
         args=config,
         train_dataset=train_dataset,

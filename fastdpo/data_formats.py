@@ -95,7 +95,12 @@ def detect_format(name: str, columns: Sequence[str], sample: Sequence[dict]) -> 
         texts = [text for text in texts if isinstance(text, str)]
         dialogue = texts and all(_HH_HUMAN in t and _HH_ASSISTANT in t for t in texts)
         return "hh" if dialogue else "implicit"
-    near = [c for want in ("chosen", "rejected") for c in [did_you_mean(want, columns)] if c]
+    near = [
+        f"; for {column!r}{did_you_mean(column, names)[1:]}"
+        for names in [tuple({"prompt", "chosen", "rejected"} - set(columns))]
+        for column in columns
+        if did_you_mean(column, names)
+    ]
     known = "; ".join(f"{key}: {', '.join(cols)}" for key, (cols, _) in FORMATS.items())
     raise DataError(
         f"no preference format fits the columns {_listed(columns)}{near[0] if near else ''}. "

@@ -10,12 +10,14 @@ def check_first_step(scored: ScoredPack, loss: PackLoss, beta: float, dtype: tor
     """Raises `ModelError` where policy and reference differ by more than rounding in `dtype`.
 
     Token log-probs err by a few eps times their size, at random over a response's n tokens, so a
-    response's sum errs by about 8 eps sqrt(n) times the mean |log-prob|.
+    response's sum errs by about 8 eps sqrt(n) times the mean |log-prob|. eps is at least fp32's, in
+    which normalisation layers compute whatever the model's dtype.
     """
     logratios = torch.cat([loss.chosen_rewards, loss.rejected_rewards]) / beta
     lengths = scored.pack.cu_responses.diff()[scored.pack.pairs.T.reshape(-1)]
     size = scored.token_logps.abs().mean().clamp(min=1.0)
-    rounding = 8 * torch.finfo(dtype).eps * lengths.clamp(min=1).sqrt() * size
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = 8 * eps * lengths.clamp(min=1).sqrt() * size
     if (logratios.abs() > rounding).any():
         worst = int((logratios.abs() - rounding).argmax())
         raise ModelError(

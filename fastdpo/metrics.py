@@ -14,6 +14,7 @@ from fastdpo_kernels import TokenStats
 
 from .batch import Pack
 from .data import TokenizedPairs
+from .errors import CheckpointError
 from .objective import PackLoss
 from .pair_logps import per_response
 from .runtime import sum_over_ranks, total_over_ranks
@@ -182,8 +183,14 @@ class MetricsFile:
         self.path = path
 
     def append(self, logs: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(logs) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(logs) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{str(self.path)!r} can't be written: {error.strerror}; free space there and "
+                "resume from the last checkpoint"
+            ) from error
 
     def keep_until(self, step: int) -> None:
         """Drops what an interrupted run wrote after `step`, so that a resumed run continues it."""

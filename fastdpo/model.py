@@ -4,6 +4,7 @@ A folder or hub name may hold a model or a PEFT adapter (its base model is then 
 Nothing here decides how a model trains: see adapters.py, reference_logps.py and logps.py.
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from .config import DPOConfig, ModelConfig
 from .errors import CheckpointError, ConfigError, MissingPackageError, ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
+# What PEFT's config says of where a model came from and which library wrote it.
+NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftModel:
@@ -67,6 +70,7 @@ def load_by_name(
     """The model called `name`, loaded with `args.model_init_kwargs` onto the training device."""
     kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs.setdefault("dtype", "float32")  # as TRL; bf16 weights lose updates of 1e-6
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     return load_pretrained(name, args.device, **kwargs)
@@ -101,7 +105,7 @@ def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTraine
         model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except ImportError as error:
         raise MissingPackageError(f"model {name!r} needs a missing package: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"model {name!r} can't be loaded: {_first_line(error)}") from error
     return model if "device_map" in kwargs else model.to(device)
 
@@ -207,12 +211,37 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """What a resumed run must share of its model: the shapes and dtypes of the base's weights,
+    and the adapter's settings under their PEFT names."""
+    shapes = [
+        (name, tuple(p.shape), str(p.dtype))
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    ]
+    identity: dict[str, Any] = {
+        "model": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]
+    }
+    if isinstance(model, PeftModel):
+        config = model.peft_config[model.active_adapters[0]].to_dict()
+        for key, value in config.items():
+            if key not in NOT_OF_THE_ADAPTER and value is not None:
+                plain = sorted(value) if isinstance(value, set | list | tuple) else value
+                identity[f"adapter {key}"] = json.loads(json.dumps(plain, default=str))
+    return identity
+
+
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Puts the weights that `save_pretrained` wrote in `folder` into `model`, in place."""
     if isinstance(model, PeftModel):
         (adapter,) = model.active_adapters
         weights = load_file(folder / "adapter_model.safetensors")
-        set_peft_model_state_dict(model, weights, adapter_name=adapter)
+        unfit = set_peft_model_state_dict(model, weights, adapter_name=adapter).unexpected_keys
+        if unfit:
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r} does not fit the model: {unfit[0]!r} has no "
+                "counterpart"
+            )
         return
     shards = sorted(folder.glob("model*.safetensors"))
     weights = {key: value for shard in shards for key, value in load_file(shard).items()}

@@ -13,10 +13,12 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastdpo_kernels.impls import why_not_triton
+
 from .adapters import add_adapter
 from .batch import Pack
 from .config import DPOConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, did_you_mean
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
 from .model import base_model, disable_dropout, is_quantized, keep_unpacked
 from .reference_cache import ReferenceCache
@@ -32,6 +34,9 @@ from .reference_sync import check_can_follow
 from .runtime import broadcast_from_rank_0
 
 logger = logging.getLogger(__name__)
+
+# What torch.utils.checkpoint takes that a config file can say.
+CHECKPOINT_KWARGS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,10 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 
 def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:
+    if args.logps_impl == "triton":
+        reason = why_not_triton(args.device)
+        if reason is not None:
+            raise ConfigError(f"logps_impl='triton' can't run here: {reason}; use 'auto'")
     with forward.autocast():
         return prepare_packed_forward(
             base_model(model),
@@ -153,6 +162,12 @@ def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) ->
 def _kwargs_of(args: DPOConfig) -> dict:
     kwargs = args.gradient_checkpointing_kwargs or {}
     assert isinstance(kwargs, dict)
+    for name in kwargs:
+        if name not in CHECKPOINT_KWARGS:
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs has no {name!r}"
+                f"{did_you_mean(name, CHECKPOINT_KWARGS)}; it takes {', '.join(CHECKPOINT_KWARGS)}"
+            )
     return kwargs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
@@ -32,7 +33,13 @@ from .batch import Pack
 from .config import DPOConfig
 from .data import TokenizedPairs, tokenize_pairs
 from .data_columns import require_columns
-from .errors import CheckpointError, ConfigError, DataError, ModelError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingPackageError,
+    ModelError,
+)
 from .first_step import check_first_step
 from .logps import PackedForwardInfo
 from .metrics import TOKEN_STATS, MetricsFile, PackStats, PreferenceMetrics, Throughput
@@ -42,6 +49,7 @@ from .model import (
     load_policy,
     load_pretrained_tokenizer,
     load_weights,
+    model_identity,
 )
 from .objective import Objective, PackLoss, ScoredPack, number_columns
 from .optim import make_optimizer, make_scheduler
@@ -117,11 +125,6 @@ class DPOTrainer:
             )
         self.processing_class = processing_class
 
-        self.train_pairs = None if train_dataset is None else self._tokenize(train_dataset, "train")
-        self.eval_pairs = {
-            key: self._tokenize(dataset, key or "eval")
-            for key, dataset in _by_name(eval_dataset).items()
-        }
         models = prepare_models(
             model,
             ref_model,
@@ -137,6 +140,11 @@ class DPOTrainer:
             self.device,
             models.packed.max_seqlen,
         )
+        self.train_pairs = None if train_dataset is None else self._tokenize(train_dataset, "train")
+        self.eval_pairs = {
+            key: self._tokenize(dataset, key or "eval")
+            for key, dataset in _by_name(eval_dataset).items()
+        }
         self._prepare_references(models.reference, models.packed_reference)
 
         self.optimizer, self.lr_scheduler = optimizers
@@ -148,7 +156,7 @@ class DPOTrainer:
         self.callback_handler = CallbackHandler(
             [
                 DefaultFlowCallback,
-                *get_reporting_integration_callbacks(self.args.report_to),
+                *_tracker_callbacks(self.args.report_to),
                 *(callbacks or []),
             ],
             self.model,
@@ -321,17 +329,18 @@ class DPOTrainer:
             and self.train_reference.equals_initial_policy
         )
         self._grad_norm: torch.Tensor | None = None
+        self._saved_step = self.state.global_step if resume else -1
         self.model.train()
-        started = time.perf_counter()
-        self.throughput = Throughput()
         self.control = self._event("on_train_begin")
-        if args.eval_on_start and self.state.global_step == 0 and self.eval_pairs:
+        if args.eval_on_start and self.state.global_step == 0:
             self._evaluate_and_track()
+        started, self._first_step = time.perf_counter(), self.state.global_step
+        self.throughput = Throughput()
         with self._progress_bar() as self.progress:
-            for epoch in range(
-                self.state.global_step // self.plan.steps_per_epoch, self.plan.n_epochs
-            ):
+            epoch = self.state.global_step // self.plan.steps_per_epoch
+            while self.state.global_step < self.state.max_steps:
                 self._train_epoch(epoch)
+                epoch += 1
                 if self.control.should_training_stop:
                     break
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -432,7 +441,7 @@ class DPOTrainer:
         metrics = {
             "train_runtime": seconds,
             "train_samples_per_second": self.pack_stats.n_pairs / seconds,
-            "train_steps_per_second": self.state.global_step / seconds,
+            "train_steps_per_second": (self.state.global_step - self._first_step) / seconds,
             "train_loss": training_loss,
         }
         self.model.eval()
@@ -555,9 +564,9 @@ class DPOTrainer:
                 self.model.save_pretrained(str(folder))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"the model could not be saved in {str(folder)!r}: {error.strerror or error}"
+                f"the model could not be saved in {str(folder)!r}: {error}"
             ) from error
 
     def _identity(self) -> dict[str, Any]:
@@ -565,6 +574,7 @@ class DPOTrainer:
         assert self.train_pairs is not None
         return {
             **self.args.identity(),
+            **model_identity(self.model),
             "train_dataset": ckpt.fingerprint(self.train_pairs),
             "reference model": self._reference_name,
             "world_size": self.args.world_size,
@@ -575,8 +585,11 @@ class DPOTrainer:
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder)
+        if self._saved_step == self.state.global_step:  # at a step's end, and again at the run's
+            return
+        self._saved_step = self.state.global_step
         metric_sums = sum_over_ranks(self.metrics.sums.clone()).cpu()
-        if not self.state.is_world_process_zero or folder.exists():
+        if not self.state.is_world_process_zero:
             return
         state = ckpt.ResumeState(
             trainer_state=self.state,
@@ -607,13 +620,19 @@ class DPOTrainer:
                 f"checkpoint {str(folder)!r} was written with save_only_model, so it has no "
                 "optimizer to resume; start afresh with it as the model"
             )
-        load_weights(self.model, folder)
-        if saved.reference is not None:
-            assert self.live_reference is not None
-            load_reference_state(self.live_reference, saved.reference)
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.lr_scheduler.load_state_dict(saved.scheduler)
+        try:
+            load_weights(self.model, folder)
+            if saved.reference is not None:
+                assert self.live_reference is not None
+                load_reference_state(self.live_reference, saved.reference)
+            self.optimizer.load_state_dict(saved.optimizer)
+            self.lr_scheduler.load_state_dict(saved.scheduler)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r} does not fit this model or optimizer: {error}"
+            ) from error
         self.state = saved.trainer_state
+        self.state.compute_steps(self.args, self.plan.max_steps)  # how often may have changed
         self.state.is_world_process_zero = self.args.process_index == 0
         self.state.is_local_process_zero = self.args.local_process_index == 0
         if self.state.is_world_process_zero:  # which holds the sums of all ranks
@@ -630,6 +649,16 @@ class DPOTrainer:
 
     def _event(self, name: str) -> TrainerControl:
         return getattr(self.callback_handler, name)(self.args, self.state, self.control)
+
+
+def _tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
+    try:
+        return [made() for made in get_reporting_integration_callbacks(report_to)]
+    except (ImportError, RuntimeError) as error:
+        raise MissingPackageError(
+            f"report_to {', '.join(report_to)}: {' '.join(str(error).split())} "
+            "pip install 'fastdpo[trackers]' brings the trackers"
+        ) from error
 
 
 def _by_name(eval_dataset: Any) -> dict[str, Any]:

@@ -402,7 +402,11 @@ def test_nothing_left_gives_the_share(plain):
     ("rows", "kwargs", "match"),
     [
         ([], {}, "the train dataset has no rows"),
-        ([{"a": 1, "choosen": "x"}], {}, r"no preference format fits.*'a', 'choosen'.*'choosen'\?"),
+        (
+            [{"a": 1, "choosen": "x"}],
+            {},
+            r"fits.*'a', 'choosen'; for 'choosen' did you mean 'chosen'\?",
+        ),
         ([GOOD], {"dataset_format": "sharegpt"}, "'conversations' not among the columns 'prompt'"),
         ([{**GOOD, "chosen": 3}], {}, "row 0: 'chosen' is of type int; expected text or a list"),
         ([{**GOOD, "chosen": ["x"]}], {}, "row 0: 'chosen' holds 'x'; a message needs role"),

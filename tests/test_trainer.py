@@ -11,7 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.errors import CheckpointError, ConfigError, DataError, ModelError
+from fastdpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingPackageError,
+    ModelError,
+)
 from tests.tiny import tiny_llama, tiny_mistral, tiny_pairs, tiny_rows, tiny_tokenizer
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
@@ -490,3 +496,84 @@ def test_errors_at_the_door(tmp_path):
         trainer(tmp_path, eval_strategy="steps", eval_steps=1).train()
     with pytest.raises(DataError, match="max_tokens_per_pack"):
         trainer(tmp_path / "b", max_tokens_per_pack=8).train()
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    """It ended within an epoch (3 of its 4 steps); the rest of the epoch stays untrained."""
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = trainer(tmp_path, max_steps=3, **options)
+    whole.train()
+    resumed = trainer(tmp_path, max_steps=3, **options)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.global_step == 3
+    for (name, a), b in zip(
+        weights(whole.model).items(), weights(resumed.model).values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_resume_refuses_another_adapter_or_dtype(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, peft_config=LoraConfig(**LORA), **options).train()
+    for change, named in (
+        ({"lora_alpha": 64}, "adapter lora_alpha: 8 then, 64 now"),
+        ({"r": 8}, "adapter r: 4 then, 8 now"),
+        ({"use_rslora": True}, "adapter use_rslora"),
+    ):
+        other = trainer(tmp_path, peft_config=LoraConfig(**{**LORA, **change}), **options)
+        with pytest.raises(CheckpointError, match=named):
+            other.train(resume_from_checkpoint=True)
+    model = tiny_llama(dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="model:"):
+        trainer(tmp_path, model=model, peft_config=LoraConfig(**LORA), **options).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_resume_follows_new_intervals(tmp_path):
+    options = {"save_strategy": "steps", "max_steps": 6, "save_steps": 2, "logging_steps": 1}
+    trainer(tmp_path, **options).train()
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    made = trainer(tmp_path, **{**options, "save_steps": 3, "logging_steps": 5})
+    made.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in made.state.log_history if "loss" in log] == [1, 2, 5]
+    found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
+
+
+def test_a_model_given_by_name_trains_in_fp32(tmp_path):
+    """bf16 weights would lose most updates of the default learning rate; TRL loads fp32 too."""
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    assert trainer(tmp_path, model=str(tmp_path / "base")).model.dtype == torch.float32
+
+
+def test_overwriting_leaves_no_old_weights(tmp_path):
+    first = trainer(tmp_path)
+    first.train()
+    first.save_model()
+    second = trainer(tmp_path, peft_config=LoraConfig(**LORA), overwrite_output_dir=True)
+    second.train()
+    second.save_model()
+    assert not list((tmp_path / "run").glob("model*.safetensors"))
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="lora_modules_to_save 'lmhead'.*did you mean 'lm_head'"):
+        trainer(tmp_path, peft_config=LoraConfig(**LORA, modules_to_save=["lmhead"]))
+    with pytest.raises(ConfigError, match="gradient_checkpointing_kwargs has no 'use_reentrnt'"):
+        trainer(
+            tmp_path,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrnt": True},
+        )
+    with pytest.raises(ConfigError, match="logps_impl='triton' can't run here"):
+        trainer(tmp_path, logps_impl="triton")
+    with pytest.raises(MissingPackageError, match=r"fastdpo\[trackers\]"):
+        trainer(tmp_path, report_to="comet_ml")
+
+
+def test_first_step_check_allows_for_fp32_norms_in_an_fp64_model(tmp_path):
+    model = tiny_llama(dtype=torch.float64)
+    trainer(tmp_path, model=model, precompute_ref_log_probs=True, max_steps=1).train()
