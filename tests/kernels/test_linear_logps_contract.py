@@ -1,0 +1,197 @@
+"""What `linear_logps` accepts, converts and refuses: dtypes, autocast, impl, bad input."""
+
+import importlib
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdpo_kernels import (
+    impls,
+    linear_logps,
+)
+from tests import numerics
+from tests.numerics import Head, peaked_head, run
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes_multiply_in_that_of_hidden(hidden, weight):
+    head = peaked_head(64, 33, 501, dtype=hidden, weight_dtype=weight, bias=True)
+    actual = run(linear_logps, head)
+    numerics.assert_logps_close(_rounded(head), actual.logps)
+    numerics.assert_grads_close(_rounded(head), actual)
+    assert actual.d_hidden.dtype == hidden and actual.d_weight.dtype == weight
+
+
+def _rounded(head: Head) -> Head:
+    return Head(head.hidden, head.weight.to(head.hidden.dtype), head.targets, head.bias, head.grad)
+
+
+def test_autocast_rounds_hidden_as_linear_would_and_nothing_else():
+    head = peaked_head(64, 33, 501, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = run(linear_logps, head)
+        oracle = run(linear_logps, head, impl="reference")
+    rounded = Head(head.hidden.bfloat16(), head.weight, head.targets, head.bias, head.grad)
+    outside = run(linear_logps, rounded)
+    assert torch.equal(under.logps, outside.logps) and under.logps.dtype == torch.float32
+    assert torch.equal(under.d_weight, outside.d_weight)
+    assert torch.equal(under.d_hidden.bfloat16(), outside.d_hidden)
+    torch.testing.assert_close(under.logps, oracle.logps, rtol=1e-5, atol=1e-5)
+    double = peaked_head(4, 8, 33, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_logps(double.hidden, double.weight, double.targets).dtype == torch.float64
+
+
+def test_auto_runs_torch_on_a_cpu_and_says_so_once(caplog):
+    impls._log_choice.cache_clear()
+    head = peaked_head(3, 8, 33)
+    with caplog.at_level(logging.INFO, "fastdpo_kernels"):
+        auto = linear_logps(head.hidden, head.weight, head.targets)
+        linear_logps(head.hidden, head.weight, head.targets)
+    assert [r.message for r in caplog.records] == [
+        "linear_logps: impl=auto runs torch on cpu float32 (CPU tensors)"
+    ]
+    assert torch.equal(auto, linear_logps(head.hidden, head.weight, head.targets, impl="torch"))
+
+
+def test_triton_by_name_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    head = peaked_head(3, 8, 33)
+    with pytest.raises(RuntimeError, match='impl="triton" cannot run here'):
+        linear_logps(head.hidden, head.weight, head.targets, impl="triton")
+
+
+def test_double_backward_is_refused_by_name():
+    for frozen in (True, False):
+        head = peaked_head(5, 8, 33)
+        hidden = head.hidden.detach().requires_grad_()
+        weight = head.weight.detach().requires_grad_(not frozen)
+        logps = linear_logps(hidden, weight, head.targets)
+        (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_logps has no second derivative"):
+            torch.autograd.grad(grad.square().sum(), hidden)
+    reference = linear_logps(hidden, weight, head.targets, impl="reference")
+    (grad,) = torch.autograd.grad(reference.sum(), hidden, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), hidden)[0].abs().sum() > 0
+
+
+def test_function_transforms_are_refused_by_name():
+    head = peaked_head(6, 8, 33)
+    with pytest.raises(RuntimeError, match="linear_logps does not work under torch.func"):
+        torch.func.vmap(linear_logps, in_dims=(0, None, 0))(
+            head.hidden.view(2, 3, 8), head.weight, head.targets.view(2, 3)
+        )
+    with pytest.raises(RuntimeError, match="linear_logps does not work under torch.func"):
+        torch.func.grad(lambda h: linear_logps(h, head.weight, head.targets).sum())(head.hidden)
+
+
+def test_torch_compile_calls_it_from_the_graph():
+    head = peaked_head(6, 8, 33)
+    want = linear_logps(2 * head.hidden, head.weight, head.targets).sum()
+    compiled = torch.compile(
+        lambda h, w, y: linear_logps(2 * h, w, y).sum(), backend="eager", dynamic=False
+    )
+    assert torch.equal(compiled(head.hidden, head.weight, head.targets), want)
+
+
+class Params4bit(torch.nn.Parameter):
+    """Stands for bitsandbytes' class of that name."""
+
+
+class DTensor(Tensor):
+    """Stands for torch.distributed.tensor.DTensor."""
+
+
+def bad_calls():
+    h, w, y = torch.randn(4, 8), torch.randn(33, 8), torch.arange(4)
+    shard = torch.empty(0)
+    shard.ds_id = 3  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        "D": ((h, torch.randn(33, 9), y), {}, ValueError, r"D=9 \(weight\), got 8 \(hidden\)"),
+        "rank": ((h[None], w, y), {}, ValueError, r"hidden must have 2 dim.*\(1, 4, 8\)"),
+        "N": ((h, w, y[:3]), {}, ValueError, "expected 4 targets .* got 3"),
+        "V": ((h, w, y), {"bias": torch.zeros(32)}, ValueError, "expected 33 biases .* got 32"),
+        "empty": ((h, w[:0], y), {}, ValueError, r"weight is empty: \(0, 8\)"),
+        "int32": ((h, w, y.int()), {}, TypeError, "targets must be int64, got torch.int32"),
+        "uint8": ((h, w.to(torch.uint8), y), {}, TypeError, "weight is torch.uint8"),
+        "fp64": ((h.double(), w, y), {}, TypeError, "float64 mixes with nothing"),
+        "device": ((h, w.to("meta"), y), {}, ValueError, "weight is on meta, hidden on cpu"),
+        "list": ((h, w, [1, 2]), {}, TypeError, "targets must be a tensor, got list"),
+        "high": ((h, w, y + 30), {}, ValueError, r"targets\[3\] = 33 is outside \[0, V=33\)"),
+        "low": ((h, w, y - 2), {}, ValueError, r"targets\[0\] = -2 is outside"),
+        "4-bit": ((h, Params4bit(w), y), {}, TypeError, "weight is a bitsandbytes Params4bit"),
+        "DTensor": ((h, w.as_subclass(DTensor), y), {}, TypeError, "full_tensor"),
+        "ZeRO-3": ((h, shard, y), {}, TypeError, "ZeRO-3 shard"),
+        "softcap": ((h, w, y), {"softcap": 0.0}, ValueError, "softcap must be positive"),
+        "temperature": ((h, w, y), {"temperature": -1}, ValueError, "temperature must be pos"),
+        "scale": ((h, w, y), {"scale": math.inf}, ValueError, "scale must be finite"),
+        "stat": ((h, w, y), {"stats": ("entropi",)}, ValueError, "called 'entropi'"),
+        "stats": ((h, w, y), {"stats": ("entropy",) * 2}, ValueError, "names one twice"),
+        "impl": ((h, w, y), {"impl": "cuda"}, ValueError, "impl='cuda' is unknown"),
+        "workspace": ((h, w, y), {"workspace_bytes": 0}, ValueError, "must be positive, got 0"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_arguments_are_named(name):
+    args, options, error, message = bad_calls()[name]
+    with pytest.raises(error, match=message) as caught:
+        linear_logps(*args, **options)
+    assert str(caught.value).startswith("linear_logps: ") and "\n" not in str(caught.value)
+
+
+def test_other_ignore_indices():
+    head = peaked_head(5, 8, 33)
+    targets = torch.tensor([3, 0, 7, 0, 1])
+    logps = linear_logps(head.hidden, head.weight, targets, ignore_index=0)
+    assert logps[[1, 3]].eq(0).all() and logps[[0, 2, 4]].lt(0).all()
+    with pytest.raises(ValueError, match=r"targets\[1\] = -100 .* ignore_index=0"):
+        linear_logps(
+            head.hidden, head.weight, targets.masked_fill(targets == 0, -100), ignore_index=0
+        )
+
+
+def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived():
+    """On a GPU the host learns of a bad target later; here with a stand-in for its event."""
+    module = importlib.import_module("fastdpo_kernels.linear_logps")
+
+    class Event:
+        ready = False
+
+        def query(self):
+            return self.ready
+
+    event = Event()
+    module._pending.append((event, torch.tensor([0, 0, 5]), 33, -100))
+    module._pending.append((event, torch.tensor([1, 7, 40]), 33, -100))
+    module._raise_bad_targets()
+    event.ready = True
+    with pytest.raises(ValueError, match=r"earlier call.*targets\[7\] = 40 is outside \[0, V=33\)"):
+        module._raise_bad_targets()
+    assert not module._pending
+    targets, bad = module._check_targets(torch.tensor([0, 40], device="meta"), 33, -100)
+    assert bad is not None and targets.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_bad_target_on_a_gpu_gives_nan_and_then_an_error():
+    hidden, weight = torch.randn(9, 8, device="cuda"), torch.randn(33, 8, device="cuda")
+    targets = torch.arange(9, device="cuda")
+    targets[4] = 33
+    logps = linear_logps(hidden, weight, targets)
+    assert logps.isnan().tolist() == [row == 4 for row in range(9)]
+    with pytest.raises(ValueError, match=r"earlier call.*targets\[4\] = 33"):
+        linear_logps(hidden, weight, targets.clamp(max=32))
+    assert linear_logps(hidden, weight, targets.clamp(max=32)).isfinite().all()

@@ -1,0 +1,346 @@
+"""What `linear_logps` computes, keeps and allocates, in torch: gradients, GEMMs, bytes, bits.
+
+How exact its numbers are is tested in test_linear_logps.py.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fastdpo_kernels import (
+    linear_logps,
+    linear_logps_torch,
+    linear_logps_torch_tiles,
+)
+from fastdpo_kernels.impls import STATS
+from fastdpo_kernels.reference import linear_logps_reference
+from tests.kernels.linear_logps_cases import SMALL, TRANSFORMS, peak_bytes, saved_kept
+from tests.numerics import Head, far_head, peaked_head, run
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_gradcheck(impl, transform, monkeypatch):
+    monkeypatch.setattr(linear_logps_torch_tiles, "ROWS", 3)
+    monkeypatch.setattr(linear_logps_torch_tiles, "COLS", 4)
+    head = peaked_head(5, 3, 11, dtype=torch.float64, bias=True)
+    targets = head.targets.clone()
+    targets[1] = -100
+    tensors = [t.requires_grad_() for t in (head.hidden, head.weight, head.bias) if t is not None]
+    for workspace in (2**20, 7000):  # E kept, and computed again
+
+        def of(hidden, weight, bias, workspace=workspace):
+            return linear_logps(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                impl=impl,
+                workspace_bytes=workspace,
+                **transform,
+            )
+
+        assert torch.autograd.gradcheck(of, tensors)
+
+
+def test_weight_gradient_by_kept_exponentials_and_by_recomputing_agree():
+    head = peaked_head(200, 64, 2049, ignored=0.1)
+    assert saved_kept(head, 256 * 2**20) and not saved_kept(head, SMALL)
+    kept = run(linear_logps, head)
+    again = run(linear_logps, head, workspace_bytes=SMALL)
+    torch.testing.assert_close(kept.d_weight, again.d_weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "none"])
+def test_only_the_gradients_asked_for_are_computed(wanted, monkeypatch):
+    head = peaked_head(20, 16, 101, bias=True)
+    assert head.bias is not None
+    inputs = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
+    if wanted != "none":
+        inputs[wanted].requires_grad_()
+    results, grads = [], []
+    forward, weight_grad = linear_logps_torch.forward, linear_logps_torch.weight_grad
+    monkeypatch.setattr(
+        linear_logps_torch,
+        "forward",
+        lambda *a, **k: results.append(forward(*a, **k)) or results[-1],
+    )
+    monkeypatch.setattr(
+        linear_logps_torch,
+        "weight_grad",
+        lambda *a, **k: grads.append(weight_grad(*a, **k)) or grads[-1],
+    )
+    logps = linear_logps(head.hidden, head.weight, head.targets, bias=head.bias)
+    assert (results[0].hidden_grad is None) == (wanted != "hidden")
+    assert bool(results[0].saved) == (wanted in ("weight", "bias"))
+    assert logps.requires_grad == (wanted != "none")
+    if wanted == "none":
+        return
+    logps.sum().backward()
+    assert bool(grads) == (wanted in ("weight", "bias"))
+    for name, tensor in inputs.items():
+        assert (tensor.grad is not None) == (name == wanted)
+    with torch.no_grad():
+        linear_logps(head.hidden, head.weight, head.targets, bias=head.bias)
+    assert results[1].hidden_grad is None and not results[1].saved
+
+
+def test_a_frozen_head_keeps_only_the_gradient_for_the_backward_pass():
+    head = peaked_head(20, 16, 101)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_logps(head.hidden.requires_grad_(), head.weight, head.targets)
+    assert sorted(t.numel() for t in kept) == [0, 20 * 16]
+
+
+@pytest.mark.parametrize("ignored", [0.0, 1.0])
+@pytest.mark.parametrize("n", [0, 5])
+def test_no_rows_and_all_rows_ignored_are_differentiable(n, ignored):
+    if n and not ignored:
+        return
+    head = peaked_head(n, 8, 33, bias=True, ignored=ignored)
+    actual = run(linear_logps, head)
+    assert actual.logps.shape == (n,) and actual.logps.eq(0).all()
+    assert actual.d_hidden.shape == (n, 8) and actual.d_hidden.eq(0).all()
+    assert actual.d_weight.eq(0).all()
+    assert actual.d_bias is not None and actual.d_bias.eq(0).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_ignored_rows_may_hold_anything(poison):
+    head = peaked_head(40, 16, 101, bias=True, ignored=0.3)
+    ignored = head.targets == -100
+    clean = run(linear_logps, head)
+    dirty = head.hidden.masked_fill(ignored[:, None], poison)
+    actual = run(linear_logps, Head(dirty, head.weight, head.targets, head.bias, head.grad))
+    assert actual.logps[ignored].eq(0).all() and actual.d_hidden[ignored].eq(0).all()
+    assert torch.equal(actual.logps, clean.logps)
+    assert torch.equal(actual.d_weight, clean.d_weight)
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other():
+    head = peaked_head(40, 16, 101)
+    clean = linear_logps(head.hidden, head.weight, head.targets)
+    hidden = head.hidden.clone()
+    hidden[7, 3] = math.nan
+    got = linear_logps(hidden, head.weight, head.targets)
+    assert got[7].isnan()
+    rest = torch.arange(40) != 7
+    assert torch.equal(got[rest], clean[rest])
+
+
+def test_masked_vocabulary_through_an_infinite_bias():
+    """A bias of -inf takes a column out: the log-probs are those of the smaller vocabulary."""
+    head = peaked_head(40, 16, 101)
+    keep = torch.ones(101, dtype=torch.bool)
+    keep[50:60] = False
+    targets = head.targets.clamp(max=49)
+    bias = torch.zeros(101).masked_fill(~keep, -math.inf)
+    got, stats = linear_logps(head.hidden, head.weight, targets, bias=bias, stats=("entropy",))
+    want, small = linear_logps(head.hidden, head.weight[keep], targets, stats=("entropy",))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.entropy, small.entropy, rtol=1e-5, atol=1e-5)
+    never = torch.full_like(targets, 55)
+    got, stats = linear_logps(head.hidden, head.weight, never, bias=bias, stats=("entropy",))
+    assert got.isneginf().all()
+    torch.testing.assert_close(stats.entropy, small.entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_inputs():
+    head = peaked_head(33, 24, 257)
+    want = run(linear_logps, head)
+    hidden = torch.stack([head.hidden, head.hidden], 2)[:, :, 1]  # stride 2 within a row
+    weight = head.weight.T.contiguous().T  # column-major
+    targets = torch.stack([head.targets, head.targets], 1)[:, 0]
+    got = run(linear_logps, Head(hidden, weight, targets, None, head.grad))
+    assert not (hidden.is_contiguous() or weight.is_contiguous() or targets.is_contiguous())
+    torch.testing.assert_close(got.logps, want.logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.d_hidden, want.d_hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.d_weight, want.d_weight, rtol=1e-5, atol=1e-5)
+    hidden = head.hidden.detach().requires_grad_()
+    linear_logps(hidden, head.weight, head.targets).sum().backward()  # an expanded gradient
+    assert hidden.grad is not None
+
+
+def test_tied_weights_get_both_gradients():
+    head = peaked_head(30, 16, 101, dtype=torch.float64)
+    ids = torch.arange(30) % 101
+
+    def gradient(op):
+        table = head.weight.detach().requires_grad_()
+        op(table[ids], table, head.targets).sum().backward()
+        return table.grad
+
+    want = gradient(lambda *a: linear_logps_reference(*a)[0])
+    torch.testing.assert_close(gradient(linear_logps), want)
+
+
+def test_gradients_scale_exactly_with_a_loss_scale():
+    head = peaked_head(30, 16, 101, dtype=torch.float16, weight_dtype=torch.float32)
+    small = run(linear_logps, head)
+    large = run(
+        linear_logps, Head(head.hidden, head.weight, head.targets, None, head.grad * 2.0**10)
+    )
+    assert torch.equal(large.d_weight, small.d_weight * 2.0**10)
+
+
+def test_backward_twice_through_a_retained_graph():
+    for workspace in (256 * 2**20, SMALL):
+        head = peaked_head(200, 64, 2049)
+        head.hidden.requires_grad_()
+        head.weight.requires_grad_()
+        logps = linear_logps(head.hidden, head.weight, head.targets, workspace_bytes=workspace)
+        first = torch.autograd.grad(logps.sum(), (head.hidden, head.weight), retain_graph=True)
+        second = torch.autograd.grad(logps.sum(), (head.hidden, head.weight))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inside_gradient_checkpointing():
+    head = peaked_head(30, 16, 101)
+    want = run(linear_logps, head, stats=())
+    hidden = head.hidden.detach().requires_grad_()
+    logps = checkpoint(linear_logps, hidden, head.weight, head.targets, use_reentrant=False)
+    logps.backward(head.grad)
+    assert hidden.grad is not None and torch.equal(hidden.grad, want.d_hidden)
+
+
+def test_twice_gives_the_same_bits():
+    for workspace in (256 * 2**20, SMALL):
+        head = peaked_head(300, 48, 2049, bias=True)
+        a = run(linear_logps, head, workspace_bytes=workspace)
+        b = run(linear_logps, head, workspace_bytes=workspace)
+        assert torch.equal(a.logps, b.logps) and torch.equal(a.d_hidden, b.d_hidden)
+        assert torch.equal(a.d_weight, b.d_weight)
+        assert a.d_bias is not None and b.d_bias is not None and torch.equal(a.d_bias, b.d_bias)
+
+
+def test_statistics_leave_the_log_probs_as_they_are():
+    head = peaked_head(100, 48, 1001)
+    for transform in TRANSFORMS.values():
+        bare = linear_logps(head.hidden, head.weight, head.targets, **transform)
+        every, stats = linear_logps(
+            head.hidden, head.weight, head.targets, stats=STATS, **transform
+        )
+        assert torch.equal(bare, every)
+        one, only = linear_logps(
+            head.hidden, head.weight, head.targets, stats=["entropy"], **transform
+        )
+        assert only.mean_logits is None and only.is_top1 is None
+        assert only.entropy is not None and stats.entropy is not None
+        assert torch.equal(only.entropy, stats.entropy) and torch.equal(one, bare)
+        assert not stats.entropy.requires_grad
+
+
+@pytest.mark.parametrize("cols", [1, 2, 4])
+def test_top1_counts_the_first_of_equal_logits(cols, monkeypatch):
+    monkeypatch.setattr(linear_logps_torch_tiles, "COLS", cols)
+    weight = torch.tensor([[0.0], [1.0], [1.0], [-1.0]])
+    hidden = torch.ones(4, 1)
+    _, stats = linear_logps(hidden, weight, torch.arange(4), stats=("is_top1",))
+    assert stats.is_top1 is not None and stats.is_top1.tolist() == [False, True, False, False]
+
+
+class CountMatmuls(TorchDispatchMode):
+    """Adds up the multiplications of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.addmm_, torch.ops.aten.addmm):
+            self.products += result.numel() * args[1].shape[1]
+        elif func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.products += result.numel() * args[0].shape[-1]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("grads", "workspace_bytes", "gemms"),
+    [
+        ((), SMALL, 1),
+        (("hidden",), SMALL, 2),
+        (("hidden", "weight"), 256 * 2**20, 3),
+        (("hidden", "weight"), SMALL, 4),
+        (("weight",), 256 * 2**20, 2),
+    ],
+)
+def test_number_of_gemms(grads, workspace_bytes, gemms):
+    n, d, v = 300, 64, 2049
+    head = peaked_head(n, d, v)
+    head.hidden.requires_grad_("hidden" in grads)
+    head.weight.requires_grad_("weight" in grads)
+    with CountMatmuls() as count:
+        logps = linear_logps(
+            head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes, stats=STATS
+        )[0]
+        if grads:
+            logps.sum().backward()
+    assert count.products == gemms * n * d * v
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace_bytes", [2**21, 2**24])
+def test_peak_memory_is_the_workspace_and_the_results(trained, dtype, workspace_bytes):
+    n, d, v = 512, 32, 16384
+    head = peaked_head(n, d, v, dtype=dtype)
+    head.hidden.requires_grad_()
+    head.weight.requires_grad_(trained)
+    stats = ("entropy", "log_sum_sq_probs")
+
+    def step():
+        logps, _ = linear_logps(
+            head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes, stats=stats
+        )
+        logps.sum().backward()
+
+    size = dtype.itemsize
+    # hidden's gradient unscaled, scaled in fp32 and returned; the weight's; two dozen [N] vectors
+    results = n * d * (2 * size + 4) + (v * d * size if trained else 0) + 24 * 8 * n
+    assert peak_bytes(step) <= workspace_bytes + results
+    assert workspace_bytes + results < n * v * 4  # less than one [N, V] of logits
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_peak_memory_when_every_row_overflows(trained):
+    n, d, v, workspace_bytes = 512, 32, 4096, 3 * 2**22
+    head = far_head(n, d, v, gap=200)
+    assert saved_kept(head, workspace_bytes)
+    head.hidden.requires_grad_()
+    head.weight.requires_grad_(trained)
+
+    def step():
+        logps = linear_logps(
+            head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes
+        )
+        logps.sum().backward()
+
+    results = n * d * 12 + v * d * 4 * trained + 24 * 8 * n
+    assert peak_bytes(step) <= workspace_bytes + results
+
+
+def test_peak_memory_is_a_quarter_of_eager():
+    head = peaked_head(2048, 64, 4000)
+    head.hidden.requires_grad_()
+
+    def eager():
+        z = head.hidden @ head.weight.T
+        logps = torch.log_softmax(z, -1).gather(1, head.targets[:, None])
+        logps.sum().backward()
+
+    ours = peak_bytes(lambda: linear_logps(head.hidden, head.weight, head.targets).sum().backward())
+    assert ours <= peak_bytes(eager) / 4
+
+
+def test_a_workspace_too_small_says_what_it_takes():
+    head = peaked_head(100, 64, 1000)
+    with pytest.raises(ValueError, match=r"leaves 10000 bytes.*D=64, V=1000 need (\d+)") as error:
+        linear_logps(head.hidden, head.weight, head.targets, workspace_bytes=10_000)
+    need = int(str(error.value).split("need ")[1].split(";")[0])
+    linear_logps(head.hidden, head.weight, head.targets, workspace_bytes=need)
