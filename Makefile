@@ -17,10 +17,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m fastdpo demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 --dist loadfile
 
 bench: $(VENV)/.installed-test
 	mkdir -p .benchmarks
