@@ -133,8 +133,8 @@ def small_entries(scope: str) -> Iterator[Entry]:
         tag = f" {dtype}{' full' if full else ''}"
         yield Entry(
             "epilogue alone" + tag, gemm._exp_tile_kernel,
-            {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": 256, "STATS": full, "row_scale_ptr": None}
-            | flags | no_bias, dtype=dtype,
+            {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": tuning.LIBRARY.block_v, "STATS": full}
+            | {"row_scale_ptr": None} | flags | no_bias, dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "target logits" + tag, rows._target_logits_kernel,

@@ -1,7 +1,8 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, and default tiles spill nothing.
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, default tiles spill nothing, and every
+launch binds its arguments.
 
-No GPU is needed. The compiler runs in a process of its own, without TRITON_INTERPRET; the table it
-gives is printed (pytest -s, or `python -m tests.kernels.aot`).
+No GPU is needed. The compiler runs in processes of its own, without TRITON_INTERPRET; the table of
+resources is printed (pytest -s, or `python -m tests.kernels.aot`).
 """
 
 import json
@@ -17,11 +18,11 @@ from tests.kernels.interpreter import ROOT
 ALLOWED_STACK: dict[tuple[str, str], str] = {}
 
 
-def compile_all(*arguments: str) -> list[dict]:
+def run_program(name: str, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = [sys.executable, "-m", "tests.kernels.aot", *arguments]
+    command = [sys.executable, "-m", f"tests.kernels.{name}", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -56,9 +57,32 @@ def check(rows: list[dict], capsys) -> None:
 
 
 def test_default_tiles(capsys):
-    check(compile_all(), capsys)
+    check(run_program("aot"), capsys)
 
 
 @pytest.mark.soak
 def test_every_tile(capsys):
-    check(compile_all("--scope", "all"), capsys)
+    check(run_program("aot", "--scope", "all"), capsys)
+
+
+def check_launches(launches: list[dict]) -> None:
+    """Each kernel is compiled for what it does, and for no N of its own."""
+    compiled: dict[tuple, dict[int, set]] = {}
+    for launch in launches:
+        by_n = compiled.setdefault((launch["kernel"], launch["dtype"]), {})
+        by_n.setdefault(launch["n"], set()).add(launch["hash"])
+    for kernel, by_n in compiled.items():
+        first = next(iter(by_n.values()))
+        assert all(hashes == first for hashes in by_n.values()), f"{kernel} compiles anew by N"
+
+
+def test_launches_bind_and_compile():
+    launches = run_program("launches", "--dtype", "bfloat16")
+    check_launches(launches)
+    assert len({launch["kernel"] for launch in launches}) == 10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100", "sm120"])
+def test_launches_on_every_architecture(arch):
+    check_launches(run_program("launches", "--arch", arch))

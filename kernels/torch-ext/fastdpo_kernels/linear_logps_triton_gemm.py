@@ -367,7 +367,7 @@ def _exp_tile_kernel(
         tl.store(out, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
-TILE_ROWS = 8  # rows per program of the epilogue alone
+TILE_ROWS = 4  # rows per program of the epilogue alone
 
 
 def exp_gemm(

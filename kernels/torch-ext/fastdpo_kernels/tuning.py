@@ -117,6 +117,10 @@ TABLES: dict[str, dict[str, tuple[Gemm, ...]]] = {
     },
 }
 
+# Where a library GEMM does the products: what the epilogue's kernel takes at a time (of the rows it
+# takes fewer; 16 is what chunks of rows are aligned to).
+LIBRARY = Gemm(16, 1024, 0, 4, 1)
+
 # flops per multiprocessor and second, bytes per second
 _SPEEDS = {
     "sm80": (2.9e12, 1.8e12),
@@ -194,9 +198,9 @@ def default_variant(problem: Problem, device: Device) -> Variant:
 
     fp32 takes the library's GEMM: Triton's IEEE fp32 dot uses no tensor core and pipelines poorly.
     """
-    gemm = table(problem, device)[0]
-    library = problem.float32 and device.arch != "interpreter"
-    return Variant(gemm, library=library)
+    if problem.float32 and device.arch != "interpreter":
+        return Variant(LIBRARY, library=True)
+    return Variant(table(problem, device)[0])
 
 
 MOST_SPLITS = 8
@@ -365,14 +369,8 @@ def _rounds(problem: Problem, device: Device) -> list[Callable[[Variant], list[V
     default = default_variant(problem, device)
 
     def tiles(_: Variant) -> list[Variant]:
-        fused = [
-            dataclasses.replace(default, gemm=g, library=False) for g in table(problem, device)
-        ]
-        return [
-            default,
-            *(v for v in fused if v != default),
-            dataclasses.replace(default, library=True),
-        ]
+        fused = [Variant(gemm) for gemm in table(problem, device)]
+        return [default, *fused, Variant(LIBRARY, library=True)]
 
     def shares(best: Variant) -> list[Variant]:
         return [dataclasses.replace(best, share=share) for share in (0.5, 0.2)]
