@@ -160,6 +160,8 @@ def test_the_fastest_is_chosen_once_and_kept(fresh, monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     assert tuning.choose(problem(), H200, lambda plan: None, measure=True).variant == best
     assert len(timed) == count, "another process reads the choice"
+    tuning.choose(problem(n=16), H200, lambda plan: None, measure=True)
+    assert len(timed) == count, "too little to gain"
     tuning.choose(problem(n=512), H200, lambda plan: None, measure=True)
     assert len(timed) > count, "another bucket is measured"
 

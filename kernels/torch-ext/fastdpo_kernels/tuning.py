@@ -82,9 +82,9 @@ class Device:
 # operands are not aligned to 16 bytes: every table has a "pointer" row.
 _AMPERE = {
     "half": (
-        Gemm(128, 128, 32, 4, 4),
-        Gemm(128, 256, 32, 8, 3),
         Gemm(128, 128, 32, 8, 4),
+        Gemm(128, 256, 32, 8, 3),
+        Gemm(128, 128, 32, 4, 4),  # needs a stack frame under Triton 3.7
     ),
     "rich": (Gemm(128, 128, 32, 8, 4), Gemm(64, 128, 32, 4, 4)),
     "stats": (Gemm(64, 64, 64, 4, 3),),
@@ -105,11 +105,19 @@ _HOPPER = {
     "stats": (Gemm(128, 64, 64, 8, 3, loads="descriptor"), Gemm(64, 64, 64, 4, 3)),
     "float32": _AMPERE["float32"],
 }
+_BLACKWELL = _HOPPER | {
+    "half": (  # the persistent loop beside tcgen05's accumulator needs a stack frame at this tile
+        Gemm(128, 256, 64, 8, 4, loads="descriptor"),
+        Gemm(128, 128, 64, 8, 3, loads="persistent"),
+        Gemm(128, 128, 64, 4, 3, loads="descriptor"),
+        Gemm(128, 128, 64, 8, 3),
+    ),
+}
 TABLES: dict[str, dict[str, tuple[Gemm, ...]]] = {
     "sm80": _AMPERE,
     "sm86": _AMPERE,
     "sm90": _HOPPER,
-    "sm100": _HOPPER,
+    "sm100": _BLACKWELL,
     "sm120": _AMPERE,
     "interpreter": {
         kind: (Gemm(32, 64, 32, 4, 2), Gemm(32, 64, 32, 4, 2, loads="persistent"))
@@ -334,6 +342,7 @@ def round_up(size: int, block: int) -> int:
 
 
 _BUDGET = 3.0  # seconds that the first call of a kind may spend on measuring
+_WORTH = 1e-3  # seconds (by the roofline) under which there is too little to gain
 _chosen: dict[str, Variant] = {}
 
 
@@ -344,15 +353,17 @@ def choose(
 
     `run(plan)` does the work once, on real inputs, into tensors of its own.
     """
-    if not measure:
-        return plan(problem, default_variant(problem, device), device)
+    first = plan(problem, default_variant(problem, device), device)
+    cost = roofline(problem, first.variant, device, first.rows, first.cols, first.splits)
+    if not measure or cost < _WORTH:
+        return first
     key = _key(problem, device)
     if key not in _chosen:
         _chosen[key] = _load(key) or _measure(problem, device, run, key)
     try:
         return plan(problem, _chosen[key], device)
     except ValueError:  # measured with another N of the same bucket
-        return plan(problem, default_variant(problem, device), device)
+        return first
 
 
 def measurable(device: torch.device) -> bool:
