@@ -8,9 +8,8 @@ and prints a table. `pytest benchmarks/bench_linear_logps.py` times a CPU case.
 
 import argparse
 import dataclasses
-import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ class Head:
 
 
 GPU_HEADS = ((4096, 128256), (896, 151936), (2048, 128256), (2304, 262144))
-CPU_HEADS = ((512, 32000), (256, 8000))
+CPU_SIZES = ((2048, 512, 32000), (512, 256, 8000))
 SMOKE_HEADS = ((32, 500),)
 
 
@@ -79,11 +78,7 @@ def cases(device: torch.device, smoke: bool) -> list[Case]:
     if smoke:
         return [Case(64, d, v, mode) for mode in MODES for d, v in SMOKE_HEADS]
     if device.type != "cuda":
-        return [
-            Case(n, d, v, m)
-            for n, (d, v) in zip((2048, 512), CPU_HEADS, strict=True)
-            for m in MODES
-        ]
+        return [Case(n, d, v, mode) for n, d, v in CPU_SIZES for mode in MODES]
     central = [Case(4096, d, v, mode) for mode in ("frozen", "trained") for d, v in GPU_HEADS]
     rest = [Case(n, d, v, m) for m in MODES for n in (4096, 32768, 512) for d, v in GPU_HEADS]
     return list(dict.fromkeys([*central, *rest]))
@@ -143,38 +138,45 @@ class Bench:
     def serves(self, case: Case) -> bool:
         return (case.n, case.d, case.v) == (self.case.n, self.case.d, self.case.v)
 
+    def work(self, case: Case, which: Implementation) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that gives log-probs [N] (or their sum), and d hidden and dW where due; nothing
+        for bare GEMMs. Raises `Absent`."""
+        head = self.head
+        if which.name == "gemms":
+            return bare_gemms(case.mode, head.hidden, head.weight)
+        function = find(which.name, self.device, case.n, case.v)
+        hidden = head.hidden.detach().requires_grad_(case.mode != "forward")
+        weight = head.weight.detach().requires_grad_(case.mode == "trained")
+        inputs = [x for x in (hidden, weight) if x.requires_grad]
+        upstream = head.grad if which.per_token else None
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.set_grad_enabled(bool(inputs)):
+                out = function(hidden, weight, head.targets)
+            if not inputs:
+                return (out,)
+            grad = None if upstream is None else upstream.to(out.dtype)
+            return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+
+        return run
+
     def measure(self, case: Case, which: Implementation, repeats: int) -> dict[str, Any]:
         """Raises `Absent`, or torch.OutOfMemoryError."""
-        head = self.head
-        result: tuple[Tensor, ...] = ()
-        if which.name == "gemms":
-            work = bare_gemms(case.mode, head.hidden, head.weight)
-        else:
-            function = find(which.name, self.device, case.n, case.v)
-            hidden = head.hidden.detach().requires_grad_(case.mode != "forward")
-            weight = head.weight.detach().requires_grad_(case.mode == "trained")
-            inputs = [x for x in (hidden, weight) if x.requires_grad]
-
-            def work() -> None:
-                nonlocal result
-                with torch.set_grad_enabled(bool(inputs)):
-                    out = function(hidden, weight, head.targets)
-                result = (out.detach(),)
-                if inputs:
-                    upstream = head.grad.to(out.dtype) if which.per_token else None
-                    result += torch.autograd.grad(out, inputs, upstream)
-
-        work()  # compiles, chooses
-        synchronize(self.device)
-        peak = peak_bytes(work, self.device)
-        # what comes out is not counted: [N] log-probs, d hidden, dW
+        work = self.work(case, which)
+        result = work()  # compiles, chooses
+        # what comes out is not counted: log-probs [N], d hidden, dW
         returned = sum(x.numel() * x.element_size() for x in result)
+        errors = self.errors(result) if which.per_token and result else {}
+        measured = bool(result)
+        del result
+        synchronize(self.device)
+        peak = peak_bytes(work, self.device) if measured else None
         seconds = median(timed(work, self.device, repeats=repeats, warmup=1))
         return {
             "milliseconds": 1e3 * seconds,
             "tflops": gemm_flops(case.mode, case.n, case.d, case.v) / seconds / 1e12,
-            "extra_mib": None if peak is None or not result else (peak - returned) / MIB,
-            **(self.errors(result) if which.per_token and result else {}),
+            "extra_mib": None if peak is None else max(peak - returned, 0) / MIB,
+            **errors,
         }
 
     def errors(self, result: tuple[Tensor, ...]) -> dict[str, float]:
@@ -193,7 +195,6 @@ class Bench:
 
 def peak_bytes(work, device: torch.device) -> int | None:
     """What a call allocates at most; on a CPU by the process's resident set, None if unknown."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -220,13 +221,13 @@ def measure_all(
     """Measures what is not in `results` yet; returns what was left out, and why."""
     left_out: dict[str, None] = {}
     bench: Bench | None = None
-    slowest = 1e-9  # seconds per necessary operation of the slowest so far, setup included
+    slowest = 0.0  # seconds per necessary operation of the slowest of late, setup included
     for case, which in rows(device, smoke):
         key = f"{case.name} {which.name}"
         if only not in key or results.has(key):
             continue
         flops = gemm_flops(case.mode, case.n, case.d, case.v)
-        if not budget.allows(5 + flops * slowest):
+        if not budget.allows(2 + flops * slowest):
             left_out[f"{key}: out of time"] = None
             continue
         started = budget.spent
@@ -242,7 +243,6 @@ def measure_all(
             left_out[f"{key}: out of memory"] = None
             continue
         finally:
-            gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         slowest = max(slowest * 0.5, (budget.spent - started - 5) / flops, 1e-15)
@@ -257,7 +257,7 @@ COLUMNS = ("milliseconds", "tflops", "x_gemms", "x_trl", "extra_mib", "row_error
 
 
 def summaries(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, case by case, with time over bare GEMMs' and TRL's time over it, of the same run."""
+    """The rows, case by case, with their time over bare GEMMs', and TRL's over theirs."""
     by_key = {row["key"]: row for row in measured}
     shown = []
     for row in measured:
@@ -359,11 +359,10 @@ def test_cpu_head(benchmark, mode, name):
     which = next(each for each in IMPLEMENTATIONS if each.name == name)
     bench = Bench(case, torch.device("cpu"))
     try:
-        row = bench.measure(case, which, 1)
+        work = bench.work(case, which)
     except Absent as reason:
         pytest.skip(f"{name} {reason}")
-    benchmark.extra_info.update(row)
-    benchmark(lambda: bench.measure(case, which, 1))
+    benchmark(work)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""The loss of pairs, forward and backward: ours against eager PyTorch, from 16 to 4096 responses.
+"""The loss of pairs: forward and backward of `preference_loss` beside the usual padded formulation.
 
-`python -m benchmarks.bench_preference_loss` prints a table and writes JSON and PNG; the sigmoid
-loss, fp32. Both start from the token log-probs of a pack and end with their gradient.
-`pytest benchmarks/bench_preference_loss.py` times a small case with pytest-benchmark.
+`python -m benchmarks.bench_preference_loss`. Token log-probs are given; what is timed are segment
+sums, losses, rewards and the gradient back to the tokens. "padded" is what trainers do: [2P, L]
+log-probs, a mask, a sum, a log-sigmoid; its padding is made beforehand. Tiny beside a training
+step: what counts are launches and the host's time. Writes JSON and PNG and prints a table.
 """
 
+import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,163 +22,191 @@ from torch import Tensor
 from fastdpo_kernels import preference_loss
 from fastdpo_kernels.reference import preference_loss_reference
 
-from .kernel_runs import Run, backward_step, begin, finish, measure, run_all
+from . import ROOT
+from .harness import (
+    Budget,
+    Results,
+    command_line,
+    default_device,
+    environment,
+    median,
+    table,
+    timed,
+)
 
+RESULTS = ROOT / "benchmarks" / "results"
 BETA = 0.1
-RESPONSES = (16, 128, 1024, 4096)
-SMOKE_RESPONSES = (4,)
-MEAN_TOKENS = 200  # of a response; log-normal with a standard deviation of 0.8 in the logarithm
-BYTES_PER_TOKEN = 12  # its log-prob and its reference's read, its gradient written
-
-
-class Inputs:
-    """`n_responses` responses, each two a pair; log-probs as of a model, near its reference's."""
-
-    def __init__(self, n_responses: int, device: torch.device):
-        self.n_responses, self.device = n_responses, device
-        rng = torch.Generator().manual_seed(0)
-        spread = 0.8 * torch.randn(n_responses, generator=rng) - 0.32
-        lengths = (MEAN_TOKENS * spread.exp()).long().clamp(min=1)
-        bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        n = int(bounds[-1])
-        reference = torch.randn(n, generator=rng).sub(1).mul(1.5).exp().neg()
-        policy = reference + 0.05 * torch.randn(n, generator=rng)
-        self.token_logps = policy.to(device).requires_grad_()
-        self.ref_token_logps = reference.to(device)
-        self.cu_responses = bounds.int().to(device)
-        self.pairs = torch.arange(n_responses).view(-1, 2).to(device)
-        self.owner = torch.repeat_interleave(torch.arange(n_responses), lengths).to(device)
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.token_logps)
-
-    @cached_property
-    def oracle(self) -> tuple[Tensor, Tensor]:
-        """fp64 losses of the pairs, and the gradient of their mean."""
-        x = self.token_logps.detach().double().requires_grad_()
-        losses = preference_loss_reference(
-            x, self.cu_responses, self.pairs, self.ref_token_logps.double(), beta=BETA,
-            loss_type="sigmoid", label_smoothing=0.0,
-        ).losses  # fmt: skip
-        (grad,) = torch.autograd.grad(losses.mean(), x)
-        return losses.detach(), grad
-
-
-def fused(inputs: Inputs, impl: str = "auto") -> Tensor:
-    return preference_loss(
-        inputs.token_logps,
-        inputs.cu_responses,
-        inputs.pairs,
-        inputs.ref_token_logps,
-        beta=BETA,
-        impl=impl,
-    ).losses
-
-
-def eager(inputs: Inputs) -> Tensor:
-    """Sums per response, then the loss of four vectors, as trainers write it."""
-    return _eager(inputs.token_logps, inputs.ref_token_logps, inputs.owner, inputs.pairs)
-
-
-def _eager(token_logps: Tensor, ref_token_logps: Tensor, owner: Tensor, pairs: Tensor) -> Tensor:
-    n_responses = pairs.numel()
-    logps = token_logps.new_zeros(n_responses).index_add(0, owner, token_logps)
-    ref_logps = token_logps.new_zeros(n_responses).index_add(0, owner, ref_token_logps)
-    chosen, rejected = logps[pairs[:, 0]], logps[pairs[:, 1]]
-    ref_chosen, ref_rejected = ref_logps[pairs[:, 0]], ref_logps[pairs[:, 1]]
-    margins = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margins)
-
-
-_COMPILED = torch.compile(_eager, dynamic=False)
-
-
-def compiled(inputs: Inputs) -> Tensor:
-    return _COMPILED(inputs.token_logps, inputs.ref_token_logps, inputs.owner, inputs.pairs)
 
 
 @dataclass(frozen=True)
-class Method:
-    name: str
-    function: Callable[[Inputs], Tensor]
-    seconds: float  # what a row may take
+class Case:
+    """`pairs` pairs whose responses have about `length` tokens (lengths spread as in HH)."""
+
+    pairs: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"P={self.pairs} length~{self.length}"
 
 
-def methods(device: torch.device) -> list[Method]:
-    result = [Method("fastdpo", fused, 10.0), Method("eager", eager, 3.0)]
-    if device.type == "cuda":  # on a CPU it is what fastdpo runs
-        result.append(Method("fastdpo-torch", lambda inputs: fused(inputs, "torch"), 3.0))
-    return [*result, Method("compile", compiled, 25.0)]
+CASES = (Case(8, 128), Case(64, 128), Case(64, 1024), Case(512, 256))
+SMOKE_CASES = (Case(2, 8),)
 
 
-def figures(method: Method, inputs: Inputs, *, quick: bool) -> dict[str, Any]:
-    if method.name == "compile":
-        torch.compiler.reset()
-
-    def loss() -> Tensor:
-        return method.function(inputs).mean()
-
-    cost = measure(backward_step(loss, [inputs.token_logps], None), inputs.device, quick=quick)
-    losses = method.function(inputs)
-    (grad,) = torch.autograd.grad(losses.mean(), inputs.token_logps)
-    true_losses, true_grad = inputs.oracle
-    return {
-        "ms": cost.seconds * 1e3,
-        "repeats": cost.repeats,
-        "gb_per_second": BYTES_PER_TOKEN * inputs.n_tokens / cost.seconds / 1e9,
-        "peak_mib": None if cost.peak_bytes is None else cost.peak_bytes / 2**20,
-        "loss_error": float((losses.detach().double() - true_losses).abs().max()),
-        "grad_error": float((grad.double() - true_grad).abs().max() / true_grad.abs().max()),
-    }
+@dataclass(frozen=True)
+class Pack:
+    token_logps: Tensor  # [N]
+    cu_responses: Tensor  # [R + 1]
+    pairs: Tensor  # [P, 2]
+    ref_logps: Tensor  # [R]
+    padded: Tensor  # [R, L]
+    mask: Tensor  # [R, L]
 
 
-def plan(device: torch.device, smoke: bool) -> Iterator[Run]:
-    for n_responses in SMOKE_RESPONSES if smoke else RESPONSES:
-        inputs = Inputs(n_responses, device)
-        case = f"R{n_responses} N{inputs.n_tokens}"
-        for method in methods(device):
-            yield Run(
-                key=f"{case}/{method.name}",
-                labels={"case": case, "method": method.name, "n_responses": n_responses},
-                absent=None,
-                seconds=0.0 if smoke else method.seconds,
-                figures=lambda m=method, inputs=inputs: figures(m, inputs, quick=smoke),
-            )
+def make_pack(case: Case, device: torch.device) -> Pack:
+    rng = torch.Generator().manual_seed(0)
+    responses = 2 * case.pairs
+    spread = torch.randn(responses, generator=rng).mul(0.8).exp()
+    lengths = (case.length * spread).clamp(1, 8 * case.length).long()
+    cu = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tokens = -3 * torch.rand(int(cu[-1]), generator=rng)
+    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    padded = torch.zeros(mask.shape).masked_scatter(mask, tokens)
+    reference = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
+    reference += torch.randn(responses, generator=rng)
+    pairs = torch.arange(responses).view(2, -1).T.contiguous()
+    return Pack(*(x.to(device) for x in (tokens, cu, pairs, reference, padded, mask)))
 
 
-COLUMNS = {
-    "ms": "ms",
-    "x_eager": "x eager",
-    "gb_per_second": "GB/s",
-    "peak_mib": "peak MiB",
-    "loss_error": "loss error",
-    "grad_error": "grad error",
-}
+def work(name: str, pack: Pack) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that gives the loss and its gradient with respect to the token log-probs."""
+    leaf = (pack.padded if name == "padded" else pack.token_logps).detach().requires_grad_()
+
+    def padded() -> Tensor:
+        logps = (leaf * pack.mask).sum(1)
+        chosen, rejected = (logps - pack.ref_logps).chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+    def packed() -> Tensor:
+        arguments = (leaf, pack.cu_responses, pack.pairs)
+        if name == "reference":
+            found = preference_loss_reference(*arguments, ref_logps=pack.ref_logps, beta=BETA)
+            return found.losses.mean()
+        impl = name.removeprefix("fastdpo ")
+        return preference_loss(*arguments, ref_logps=pack.ref_logps, beta=BETA, impl=impl).loss
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = padded() if name == "padded" else packed()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), grad
+
+    return run
 
 
-def summaries(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with eager's time over their own."""
-    eagers = {row["case"]: row.get("ms") for row in rows if row["method"] == "eager"}
-    result = []
-    for row in rows:
-        theirs, ours = eagers.get(row["case"]), row.get("ms")
-        result.append(row | {"x_eager": theirs / ours if theirs and ours else None})
-    return result
+def names(device: torch.device) -> tuple[str, ...]:
+    ours = ("fastdpo triton", "fastdpo torch") if device.type == "cuda" else ("fastdpo torch",)
+    return (*ours, "padded", "reference")
+
+
+def measure(case: Case, name: str, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Median time, and how far the loss is from the fp64 reference."""
+    pack = make_pack(case, device)
+    run = work(name, pack)
+    loss, _ = run()
+    exact = preference_loss_reference(
+        pack.token_logps.double(), pack.cu_responses, pack.pairs, ref_logps=pack.ref_logps.double(),
+        beta=BETA,
+    ).losses.mean()  # fmt: skip
+    seconds = median(timed(run, device, repeats=repeats, warmup=3))
+    error = abs(float(loss.double() - exact))
+    return {"microseconds": 1e6 * seconds, "loss_error": error, "tokens": len(pack.token_logps)}
+
+
+def as_table(measured: Sequence[dict[str, Any]]) -> str:
+    by_key = {row["key"]: row for row in measured}
+    lines = []
+    for row in measured:
+        padded = by_key.get(f"{row['case']} padded")
+        ratio = padded["microseconds"] / row["microseconds"] if padded else None
+        values = (row["tokens"], row["microseconds"], ratio, row["loss_error"])
+        lines.append([row["case"], row["implementation"], *values])
+    return table(["case", "implementation", "tokens", "us", "x padded", "loss err"], lines)
+
+
+def plot(measured: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of microseconds, a panel a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in measured))
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(7, 1.9 * len(cases)), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, cases, strict=True):
+        of_case = [row for row in measured if row["case"] == name]
+        labels = [row["implementation"] for row in of_case]
+        axis.barh(labels[::-1], [row["microseconds"] for row in of_case][::-1], color="tab:gray")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("microseconds, forward and backward", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    session = begin("preference_loss", __doc__, argv)
-    left_out = run_all(plan(session.device, session.smoke), session.results, session.budget)
-    return finish(session, summaries(session.results.rows), COLUMNS, left_out)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_preference_loss", description=__doc__
+    )
+    parser.add_argument("--output", type=Path, help="JSON; a PNG of the same name beside it")
+    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
+    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls; medians are shown")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")
+    options = parser.parse_args(argv)
+    device = default_device()
+    path = options.output or RESULTS / f"preference_loss_{device.type}.json"
+    command = command_line("benchmarks.bench_preference_loss", argv)
+    facts = environment(device, command)
+    try:
+        results = Results(path, facts, resume=options.resume)
+    except ValueError as error:
+        parser.exit(2, f"bench_preference_loss: error: {error}\n")
+    budget = Budget(options.seconds)
+    left_out, longest = [], 1.0
+    for case in SMOKE_CASES if options.smoke else CASES:
+        for name in names(device):
+            key = f"{case.name} {name}"
+            if options.only not in key or results.has(key):
+                continue
+            if not budget.allows(longest):
+                left_out.append(f"{key}: out of time")
+                continue
+            started = budget.spent
+            row = measure(case, name, device, options.repeats)
+            longest = max(longest, budget.spent - started)
+            row |= dataclasses.asdict(case)
+            results.add(key, case=case.name, implementation=name, **row)
+    results.extra["left_out"] = left_out
+    results.save()
+    title = f"{facts['device']['name']}, commit {facts['commit']}"
+    if results.rows:
+        plot(results.rows, path.with_suffix(".png"), title)
+    print(f"{title}; {command}")
+    print(as_table(results.rows))
+    for line in left_out:
+        print(f"left out: {line}")
+    return 0
 
 
-@pytest.mark.parametrize("name", ["fastdpo", "eager"])
-def test_pairs_on_cpu(benchmark, name):
-    """For pytest-benchmark: 128 responses, forward and backward."""
-    inputs = Inputs(128, torch.device("cpu"))
-    function = {"fastdpo": fused, "eager": eager}[name]
-    benchmark(backward_step(lambda: function(inputs).mean(), [inputs.token_logps], None))
+@pytest.mark.parametrize("name", names(torch.device("cpu")))
+def test_64_pairs_on_cpu(benchmark, name):
+    """For pytest-benchmark: forward and backward."""
+    benchmark(work(name, make_pack(Case(64, 128), torch.device("cpu"))))
 
 
 if __name__ == "__main__":

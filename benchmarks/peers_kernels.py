@@ -121,21 +121,21 @@ def _import(module: str, package: str):
         raise Absent(f"does not import: {error}") from error
 
 
-def bare_gemms(mode: str, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+def bare_gemms(mode: str, hidden: Tensor, weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """The library products that no method can do without: [N, V] = H W^T; for gradients E W and
     E^T H besides. Their results are allocated beforehand."""
-    (n, d), v = hidden.shape, weight.shape[0]
-    logits = torch.empty(n, v, dtype=hidden.dtype, device=hidden.device)
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     torch.mm(hidden, weight.mT, out=logits)
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.empty_like(weight) if mode == "trained" else None
 
-    def run() -> None:
+    def run() -> tuple[Tensor, ...]:
         torch.mm(hidden, weight.mT, out=logits)
         if mode != "forward":
             torch.mm(logits, weight, out=d_hidden)
         if d_weight is not None:
             torch.mm(logits.mT, hidden, out=d_weight)
+        return ()
 
     return run
 
