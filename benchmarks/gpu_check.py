@@ -115,7 +115,7 @@ def check(seconds: float, output: Path, command: str) -> int:
 
 
 def summary(document: dict[str, Any], table: Any, output: Path) -> str:
-    """The short table: a line a stage, then the training rows against TRL's."""
+    """A line a stage, then kernels and trainers against TRL's; the rest is in the file."""
     facts, tests = document["environment"], document["tests"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     stages = [
@@ -132,12 +132,14 @@ def summary(document: dict[str, Any], table: Any, output: Path) -> str:
         *(f"  skipped: {name}" for name in tests["skipped"]),
         table(["stage", "result", "seconds"], stages),
     ]
-    training = document["training_step"] or {}
-    if training.get("rows"):
-        from .bench_train_step import as_table, summaries
+    from . import bench_linear_logps, bench_train_step
 
-        lines += ["", as_table(summaries(training["rows"]))]
-        lines += [f"left out: {line}" for line in training.get("left_out", [])]
+    for name, bench in (("kernels", bench_linear_logps), ("training_step", bench_train_step)):
+        found = document[name] or {}
+        rows = bench.summaries(found.get("rows", []))
+        rows = [row for row in rows if row.get("implementation") in (None, "fastdpo", "trl")]
+        lines += ["", bench.as_table(rows)] if rows else []
+        lines += [f"left out: {line}" for line in found.get("left_out", [])]
     return "\n".join([*lines, f"written: {output}"])
 
 

@@ -209,7 +209,17 @@ JUNIT = """<testsuites><testsuite><testcase classname="a" name="one"/>
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypatch, fails):
-    row = {"case": "c", "repeat": 0, "key": "k"} | dict.fromkeys(bench_train_step.COLUMNS, 1.0)
+    trainer = {"case": "c", "key": "k"} | dict.fromkeys(bench_train_step.COLUMNS, 1.0)
+    kernel = {"case": "head", "milliseconds": 3.0}
+    rows = {
+        "kernels": [
+            {**kernel, "key": f"head {name}", "implementation": name} for name in ("fastdpo", "trl")
+        ],
+        "training step": [
+            {**trainer, "trainer": "fastdpo", "pairs_per_second": 6.0},
+            {**trainer, "trainer": "trl"},
+        ],
+    }
     called = []
 
     def stage(name, arguments, seconds):
@@ -218,11 +228,8 @@ def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypa
             text = JUNIT if fails else JUNIT.replace('<failure message="no"/>', "")
             path = [a for a in arguments if a.startswith("--junitxml=")][0].split("=")[1]
         else:
-            rows = [
-                {**row, "trainer": "fastdpo", "pairs_per_second": 6.0},
-                {**row, "trainer": "trl"},
-            ]
-            text, path = json.dumps({"rows": rows, "left_out": ["x: y"]}), arguments[-1]
+            text = json.dumps({"rows": rows[name], "left_out": [f"{name}: why"]})
+            path = arguments[-1]
         with open(path, "w") as file:
             file.write(text)
         return gpu_check.Stage(name, int(fails), 1.0)
@@ -236,7 +243,9 @@ def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypa
     assert document["environment"]["command"] == "make gpu-check"
     assert document["tests"]["passed"] == 2 - fails
     printed = capsys.readouterr().out
-    assert "absent:" in printed and "6.000" in printed and "left out: x: y" in printed
+    assert "absent:" in printed and "left out: kernels: why" in printed
+    lines = {tuple(line.split()[:2]): line.split() for line in printed.splitlines()}
+    assert lines["head", "fastdpo"][2] == "3.000" and lines["c", "fastdpo"][2:4] == ["6.000"] * 2
     assert ("failed: a::two" in printed) == fails
 
 
