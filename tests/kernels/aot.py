@@ -101,7 +101,6 @@ def gemm_entry(
         "BLOCK_N": row.block_n,
         "BLOCK_V": row.block_v,
         "BLOCK_K": row.block_k,
-        "GROUP": row.group,
         "SOFTCAP": softcap,
         "STATS": kind == "stats",
     }
@@ -134,7 +133,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         yield Entry(
             "epilogue alone" + tag, gemm._exp_tile_kernel,
             {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": tuning.LIBRARY.block_v, "STATS": full}
-            | {"row_scale_ptr": None} | flags | no_bias, dtype=dtype,
+            | {"row_scale_ptr": None} | flags | no_bias, gemm.TILE_WARPS, dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "target logits" + tag, rows._target_logits_kernel,

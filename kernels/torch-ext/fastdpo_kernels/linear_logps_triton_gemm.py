@@ -43,7 +43,9 @@ SUM_SQ: tl.constexpr = tl.constexpr(5)  # sum of exp(2 (z - MAX_Z))
 LOWEST: tl.constexpr = tl.constexpr(-1e4)
 
 # Arguments that change from call to call and must not compile a kernel anew (1, divisible by 16).
-CALL_INTS = ["n_rows", "first_col", "end_col", "first_tile", "n_tiles", "n_splits", "ignore_index"]
+CALL_INTS = [
+    "n_rows", "first_col", "end_col", "first_tile", "n_tiles", "n_splits", "group", "ignore_index",
+]  # fmt: skip
 # Said for every launch: Triton 3.9 warns that its default will change.
 FUSE = {"enable_fp_fusion": True}
 
@@ -107,12 +109,12 @@ def slope_at(z, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(index, tiles_n, tiles_v, GROUP: tl.constexpr):
-    # GROUP row blocks by all column blocks, rows fastest: programs that run together share
+def _tile_of(index, tiles_n, tiles_v, group):
+    # `group` row blocks by all column blocks, rows fastest: programs that run together share
     # operands in L2.
-    per_group = GROUP * tiles_v
-    first = (index // per_group) * GROUP
-    height = min(tiles_n - first, GROUP)
+    per_group = group * tiles_v
+    first = (index // per_group) * group
+    height = min(tiles_n - first, group)
     inside = index % per_group
     return first + inside % height, inside // height
 
@@ -201,6 +203,7 @@ def _exp_gemm_kernel(
     first_tile,
     n_tiles,
     D,
+    group,
     stride_hidden,
     stride_weight,
     stride_e,
@@ -209,7 +212,6 @@ def _exp_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -217,7 +219,7 @@ def _exp_gemm_kernel(
     """One tile of E per program, operands by pointers: any dtype, any alignment."""
     tiles_n = tl.cdiv(n_rows, BLOCK_N)
     tiles_v = tl.cdiv(end_col - first_col, BLOCK_V)
-    block_n, block_v = _tile_of(tl.program_id(0), tiles_n, tiles_v, GROUP)
+    block_n, block_v = _tile_of(tl.program_id(0), tiles_n, tiles_v, group)
     rows = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = first_col + block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     # Rows and columns past the end read the last one again: no mask in the loop, and their
@@ -253,13 +255,13 @@ def _exp_gemm_kernel(
 @triton.jit
 def _descriptor_tile(
     index, hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr, row_scale_ptr,
-    partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D, logit_scale, cap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D, group, logit_scale, cap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, E_DTYPE: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(n_rows, BLOCK_N)
     tiles_v = tl.cdiv(end_col - first_col, BLOCK_V)
-    block_n, block_v = _tile_of(index, tiles_n, tiles_v, GROUP)
+    block_n, block_v = _tile_of(index, tiles_n, tiles_v, group)
     row = block_n * BLOCK_N
     col = block_v * BLOCK_V
     product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -293,12 +295,12 @@ def _exp_gemm_descriptor_kernel(
     first_tile,
     n_tiles,
     D,
+    group,
     logit_scale,
     cap,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
     E_DTYPE: tl.constexpr,
@@ -316,13 +318,13 @@ def _exp_gemm_descriptor_kernel(
             _descriptor_tile(
                 index, hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr,
                 row_scale_ptr, partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D,
-                logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, GROUP, SOFTCAP, STATS, E_DTYPE,
+                group, logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, SOFTCAP, STATS, E_DTYPE,
             )  # fmt: skip
     else:
         _descriptor_tile(
             tl.program_id(0), hidden_desc, weight_desc, e_desc, ref_ptr, target_ptr, bias_ptr,
             row_scale_ptr, partial_ptr, n_rows, first_col, end_col, first_tile, n_tiles, D,
-            logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, GROUP, SOFTCAP, STATS, E_DTYPE,
+            group, logit_scale, cap, BLOCK_N, BLOCK_V, BLOCK_K, SOFTCAP, STATS, E_DTYPE,
         )  # fmt: skip
 
 
@@ -367,7 +369,7 @@ def _exp_tile_kernel(
         tl.store(out, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
-TILE_ROWS = 4  # rows per program of the epilogue alone
+TILE_ROWS, TILE_WARPS = 4, 8  # of a program of the epilogue alone
 
 
 def exp_gemm(
@@ -396,12 +398,11 @@ def exp_gemm(
     c = weight.shape[0]
     tiles = triton.cdiv(n, gemm.block_n) * triton.cdiv(c, gemm.block_v)
     shared = (ref, target, logits.bias, row_scale, partial, n, first_col, first_col + c)
-    shared += (first_col // gemm.block_v, n_tiles, d)
+    shared += (first_col // gemm.block_v, n_tiles, d, gemm.group)
     constants = {
         "BLOCK_N": gemm.block_n,
         "BLOCK_V": gemm.block_v,
         "BLOCK_K": gemm.block_k,
-        "GROUP": gemm.group,
         "SOFTCAP": logits.softcap,
         "STATS": stats,
         "num_warps": gemm.warps,
@@ -448,7 +449,7 @@ def exp_tile(
         n, first_col, first_col + c, first_col // block_v, n_tiles,
         product.stride(0), 0 if e is None else e.stride(0), logits.scale, logits.cap,
         BLOCK_N=TILE_ROWS, BLOCK_V=block_v, SOFTCAP=logits.softcap, STATS=stats,
-        num_warps=4, **FUSE,
+        num_warps=TILE_WARPS, **FUSE,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ the table is taken. No kernel is known here: the caller passes what is to be tim
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ class Gemm:
     """A tile of the exponential GEMM: rows of hidden x columns of the vocabulary x depth.
 
     `loads`: "pointer"; "descriptor" (TMA); "persistent" (TMA, one program per multiprocessor).
+    `group`: row blocks that programs in flight span, so that they share operands in L2.
     """
 
     block_n: int
@@ -36,7 +38,7 @@ class Gemm:
     block_k: int
     warps: int
     stages: int
-    group: int = 8
+    group: int = 16
     loads: str = "pointer"
 
 
@@ -315,17 +317,20 @@ def roofline(
     return chunks * (seconds + launches * _LAUNCH)
 
 
+# Even parts that a dimension is tried in; more only by doubling.
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
+
+
 def _steps(size: int, block: int, least: int) -> list[int]:
-    """Chunk sizes worth a look: the whole, and even parts of it rounded up to whole blocks."""
+    """Chunk sizes worth a look, the largest first: the whole, and even parts of it rounded up to
+    whole blocks."""
     steps = {size}
-    parts = 2
-    while True:
-        part = round_up(math.ceil(size / parts), block)
+    for count in itertools.chain(_PARTS, (64 << i for i in itertools.count())):
+        part = round_up(math.ceil(size / count), block)
         if part < size:
             steps.add(part)
         if part <= block:
             break
-        parts = parts + 1 if parts < 16 else parts * 2
     small = block
     while small // 2 >= least:  # below one block only where memory forces it
         small //= 2
@@ -383,6 +388,10 @@ def _rounds(problem: Problem, device: Device) -> list[Callable[[Variant], list[V
         fused = [Variant(gemm) for gemm in table(problem, device)]
         return [default, *fused, Variant(LIBRARY, library=True)]
 
+    def groups(best: Variant) -> list[Variant]:
+        others = [dataclasses.replace(best.gemm, group=group) for group in (8, 32)]
+        return [] if best.library else [dataclasses.replace(best, gemm=gemm) for gemm in others]
+
     def shares(best: Variant) -> list[Variant]:
         return [dataclasses.replace(best, share=share) for share in (0.5, 0.2)]
 
@@ -391,12 +400,12 @@ def _rounds(problem: Problem, device: Device) -> list[Callable[[Variant], list[V
             return []
         return [dataclasses.replace(best, split=False)]
 
-    kept = problem.work == "weight" and problem.kept
-    return (
-        ([] if kept else [tiles])
-        + ([] if problem.work == "sums" else [shares])
-        + ([splits] if problem.work == "hidden" else [])
-    )
+    rounds = [] if problem.work == "weight" and problem.kept else [tiles, groups]
+    if problem.work != "sums":
+        rounds.append(shares)
+    if problem.work == "hidden":
+        rounds.append(splits)
+    return rounds
 
 
 def _measure(problem: Problem, device: Device, run: Callable[[Plan], object], key: str) -> Variant:
