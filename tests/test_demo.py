@@ -85,15 +85,17 @@ def test_the_demo_learns_what_it_shows(result, script):
     assert result.before.chosen_likelier < 0.5 and result.before.reward_accuracy == 0
     assert result.after.chosen_likelier >= 0.90 and result.after.reward_accuracy >= 0.90
     assert result.n_held_out_pairs == len(rows("test"))
-    # The three that are shown: a bad answer before, afterwards one of the courteous, correct ones.
+    # The three that are shown are not picked for their answers, so one may be courteous before.
     import random
 
     by_text = {q.messages[-1]["content"]: q for q in script.questions(random.Random(1))}
     assert len(result.generations) == 3
-    for question, before, after in result.generations:
-        courteous = by_text[question].courteous()
-        assert by_text[question].held_out
-        assert before not in courteous and after in courteous
+    assert all(by_text[question].held_out for question, _, _ in result.generations)
+    before, after = (
+        sum(answers[side] in by_text[answers[0]].courteous() for answers in result.generations)
+        for side in (1, 2)
+    )
+    assert before < after >= 2
 
 
 def test_the_demo_saves_tokens(result):
