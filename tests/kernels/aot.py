@@ -141,7 +141,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "row sums" + tag, rows._row_sums_kernel,
-            {"BLOCK_N": 32, "BLOCK_T": 16, "STATS": full} | no_stats,
+            {"BLOCK_N": 32, "BLOCK_T": 64, "STATS": full} | no_stats,
         )  # fmt: skip
         yield Entry(
             "hidden grad" + tag, rows._hidden_grad_kernel,

@@ -359,7 +359,7 @@ def row_sums(
     _row_sums_kernel[(triton.cdiv(n, 32),)](
         partial, z, target, logps, share, inverse, lse, flag, any_flag, *every,
         n, partial.shape[1], v,
-        BLOCK_N=32, BLOCK_T=16, STATS=stats is not None, num_warps=4, **FUSE,
+        BLOCK_N=32, BLOCK_T=64, STATS=stats is not None, num_warps=4, **FUSE,
     )  # fmt: skip
 
 
