@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "use_peft": True,
     "lora_r": 16,
     "lora_alpha": 32,
-    "beta": 0.5,
+    "beta": 0.3,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
