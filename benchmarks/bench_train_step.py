@@ -65,8 +65,8 @@ GPU_CASES = (
     Case("1B", "full", "ultrafeedback", 16, 8, _ALL),
 )
 CPU_CASES = (
-    Case("tiny", "full", "hh-text", 8, 16, _ALL[:2]),
-    Case("tiny-untied", "full", "hh-text", 8, 16, _ALL[:2]),
+    Case("tiny-untied", "full", "hh-text", 8, 32, _ALL[:2]),
+    Case("tiny", "full", "hh-text", 8, 32, _ALL[:2]),
 )
 SMOKE_CASES = (
     Case("tiny", "lora", "hh", 2, 2, _ALL, max_length=64),
