@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 32,
     "group_by_prompt": True,
     "max_length": 256,

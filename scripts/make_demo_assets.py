@@ -1,6 +1,6 @@
 """Makes what `fastdpo demo` trains on: preference pairs, a tokenizer and a small chat model.
 
-    python scripts/make_demo_assets.py            # everything, about six CPU minutes
+    python scripts/make_demo_assets.py            # everything, about four minutes on two cores
     python scripts/make_demo_assets.py --data     # only the pairs; same bytes on every machine
 
 The pairs are simple questions to an information desk. Chosen: courteous, correct, a whole sentence.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "fastdpo" / "demo_assets"
 N_ANSWERS_PER_PROMPT = 10  # in pre-training
-SHARE_OF_COURTESY = 0.2  # in pre-training: the courteous answers are known, not usual
+SHARE_OF_COURTESY = 0.3  # in pre-training: the courteous answers are known, not usual
 
 # topic: direct question, indirect question, sentence, short answer; {x} is the first of each pair
 TOPICS = {
