@@ -220,6 +220,7 @@ def test_weights_of_another_dtype():
         check(head)
 
 
+@pytest.mark.soak  # fails in the interpreter of Triton 3.7.1 and passes in that of 3.9: open
 def test_ignored_rows_may_hold_anything():
     head = peaked_head(40, 16, 100, ignored=0.3)
     head.hidden[head.targets == -100] = torch.nan  # (the interpreter has no argmax of NaN)
