@@ -54,7 +54,7 @@ def _logits_of(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0)
         product += bias.to(tl.float32)[None, :]
-    z, slope = logit(product, logit_scale, cap, SOFTCAP)
+    z, slope = logit(product, logit_scale, cap, SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
     return tl.where((cols < V)[None, :], z, float("-inf")), slope
 
 

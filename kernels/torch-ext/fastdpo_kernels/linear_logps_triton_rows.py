@@ -416,4 +416,4 @@ def column_sums(e: Tensor, factor: Tensor | None, out: Tensor, *, add: bool) -> 
 
 
 def _width(d: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(d)))
+    return min(most, max(16, 1 << (d - 1).bit_length()))

@@ -92,7 +92,7 @@ def _preference_loss_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     if program < n_responses:
-        logps, _, _ = _response(
+        logps, _, _ = _response(  # pyright: ignore[reportGeneralTypeIssues]
             program, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
@@ -101,7 +101,7 @@ def _preference_loss_kernel(
         pair = program - n_responses
         chosen = tl.load(pairs_ptr + pair * stride_pair)
         rejected = tl.load(pairs_ptr + pair * stride_pair + stride_side)
-        _, up, up_length = _response(
+        _, up, up_length = _response(  # pyright: ignore[reportGeneralTypeIssues]
             chosen, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
