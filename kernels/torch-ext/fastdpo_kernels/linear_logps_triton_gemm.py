@@ -149,7 +149,9 @@ def _exponentials(
     cols = first_col + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
     ref = tl.load(ref_ptr + rows, mask=row_ok, other=0.0)
-    ref = tl.where(target >= 0, ref, float("inf"))  # then e = 0, at no cost per element
+    # A row without target has e = 0, whatever it holds: even NaN, which 0 would not silence in dW.
+    product = tl.where((target >= 0)[:, None], product, 0.0)
+    ref = tl.where(target >= 0, ref, float("inf"))
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < end_col, other=0.0)
         product += bias.to(tl.float32)[None, :]
