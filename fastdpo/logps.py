@@ -177,7 +177,8 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
         scale /= text.logits_scaling
     if isinstance(getattr(text, "logit_scale", None), int | float):  # Cohere multiplies
         scale *= text.logit_scale
-    return HeadTransform(scale, getattr(text, "final_logit_softcapping", None))  # Gemma caps
+    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma caps
+    return HeadTransform(scale, softcap or getattr(text, "logits_soft_cap", None))
 
 
 def rotary_max_seqlen(config: PretrainedConfig) -> int | None:

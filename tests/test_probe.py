@@ -1,13 +1,11 @@
 """Which models get packs, which fall back and why, and what binding the forward leaves alone."""
 
 import copy
-import logging
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from peft import LoraConfig, get_peft_model
 
 import fastdpo.attention as attention
@@ -17,49 +15,10 @@ from fastdpo.logps import prepare_packed_forward
 from fastdpo.packing import build_pack
 from fastdpo.rows import RowGather
 
+from . import families
 from .tiny import tiny_llama, tiny_mistral, tiny_pairs
 
-V = 64
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-
-
-def build(family: str, model_class: str, **config) -> Any:
-    config_class = getattr(transformers, family + "Config")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(transformers, model_class)(config_class(**config)).eval()
-
-
-def causal_lm(family: str, **config) -> Any:
-    return build(family.replace("Text", ""), family.replace("Text", "") + "ForCausalLM", **config)
-
-
-# family -> config beyond BASE. Sliding windows are shorter than the probe's sequences.
-SHARED = {
-    "Llama": {},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    "Qwen3": {"head_dim": 8},
-    "Qwen3Moe": {"head_dim": 8, **MOE},
-    "Mistral": {"sliding_window": 6},
-    "Mixtral": {"num_local_experts": 4},
-    "Gemma2": {"head_dim": 8, "sliding_window": 6},  # softcaps on attention and logits
-    "Phi3": {},
-    "Olmo2": {},
-    "SmolLM3": {},
-    "Granite": {"logits_scaling": 4.0},
-    "Cohere": {"logit_scale": 0.25},
-    "GptOss": {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4},  # sinks
-}
+V = families.V
 
 
 def token_logps(model: Any, mode: str) -> torch.Tensor:
@@ -68,61 +27,9 @@ def token_logps(model: Any, mode: str) -> torch.Tensor:
         return model(pack=build_pack(pairs, range(4), mode=mode)).token_logps
 
 
-@pytest.mark.parametrize("family", SHARED)
-def test_models_that_share_prompts(family: str) -> None:
-    model = causal_lm(family, **BASE, **SHARED[family])
-    info = prepare_packed_forward(model)
-    assert (info.mode, info.backend, info.reason) == ("shared", "sdpa", None)
-    shared = token_logps(model, "shared")
-    assert prepare_packed_forward(model, mode="padded").mode == "padded"  # preparing anew is fine
-    # fp32 (eps 1.2e-7), 2 layers, log-probs of some nat.
-    torch.testing.assert_close(shared, token_logps(model, "padded"), rtol=0, atol=3e-5)
-
-
-FALLBACKS = {
-    "Bloom": ({"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "be replaced"),
-    "Mpt": ({"vocab_size": V, "d_model": 32, "n_layers": 2, "n_heads": 4}, "be replaced"),
-    "StableLm": (BASE, "the layout reached 0 of 2 attention layers"),
-    "Llama4Text": (
-        {**BASE, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2},
-        "layers of type chunked_attention",
-    ),
-    "Qwen3Next": (
-        {
-            **BASE,
-            **MOE,
-            "head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-        "layers of type linear_attention",
-    ),
-}
-
-
-def fallback_model(family: str) -> tuple[Any, str]:
-    config, reason = FALLBACKS[family]
-    return build(family, family.replace("Text", "") + "ForCausalLM", **config), reason
-
-
-@pytest.mark.parametrize("family", FALLBACKS)
-def test_models_that_fall_back_say_why(family: str, caplog) -> None:
-    model, reason = fallback_model(family)
-    own = model.config._attn_implementation
-    with caplog.at_level(logging.WARNING, "fastdpo.logps"):
-        info = prepare_packed_forward(model)
-    assert info.mode == "padded" and info.reason is not None and reason in info.reason
-    assert info.backend == model.config._attn_implementation == own
-    (record,) = [r for r in caplog.records if r.name == "fastdpo.logps"]  # not transformers' own
-    assert reason in record.message and "padded batches" in record.message
-    assert token_logps(model, "padded").isfinite().all()
-
-
 def test_a_forced_mode_is_that_or_an_error() -> None:
-    model, reason = fallback_model("StableLm")
+    stable = families.by_name("StableLM")
+    model, reason = stable.build(), stable.why
     for mode in ("shared", "unshared"):
         with pytest.raises(ModelError, match=f"StableLm.*{mode} with sdpa: {reason}.*auto"):
             prepare_packed_forward(model, mode=mode)
@@ -165,7 +72,7 @@ def test_a_window_that_does_not_arrive_is_caught() -> None:
 
 def test_a_window_too_wide_to_try_is_compared_with_the_config() -> None:
     config = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
-    model = causal_lm("Qwen2", **BASE, **config)
+    model = families.by_name("Qwen2, Qwen2.5").build(**config)
     assert prepare_packed_forward(model).mode == "shared"
     model.model.layers[1].self_attn.sliding_window = None
     info = prepare_packed_forward(model)
@@ -229,7 +136,7 @@ def test_attention_dropout_is_refused() -> None:
 
 
 def test_a_router_loss_is_refused() -> None:
-    model = causal_lm("Mixtral", **BASE, num_local_experts=4, output_router_logits=True)
+    model = families.by_name("Mixtral").build(output_router_logits=True)
     with pytest.raises(ModelError, match="output_router_logits=False"):
         prepare_packed_forward(model)
 
@@ -263,7 +170,7 @@ def test_plain_calls_are_the_models_own() -> None:
 
 
 def test_models_without_sdpa_generate_as_before() -> None:
-    model = causal_lm("GptOss", **BASE, **SHARED["GptOss"])
+    model = families.by_name("GPT-OSS").build()
     ids = torch.arange(1, 13).reshape(1, 12)
     generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert prepare_packed_forward(model).mode == "shared"
