@@ -45,7 +45,7 @@ class ResumeState:
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     rng: dict[str, Any]
-    metric_sums: torch.Tensor
+    sums: dict[str, Any]  # what was counted so far: of metrics, of packs
     identity: dict[str, Any]
     reference: dict[str, Any] | None = None  # where it moves with the policy
 
@@ -126,7 +126,7 @@ def save_checkpoint(
             save_model(temporary)
         torch.save(state.optimizer, temporary / "optimizer.pt")
         torch.save(state.scheduler, temporary / "scheduler.pt")
-        torch.save({**state.rng, "metric_sums": state.metric_sums}, temporary / "rng_state.pt")
+        torch.save({"rng": state.rng, "sums": state.sums}, temporary / "rng_state.pt")
         if state.reference is not None:
             torch.save(state.reference, temporary / "reference.pt")
         state.trainer_state.save_to_json(str(temporary / "trainer_state.json"))
@@ -156,13 +156,13 @@ def load_checkpoint(folder: Path) -> ResumeState:
                     f"checkpoint {str(folder)!r} is damaged: {name} is not what was written; "
                     "resume an earlier checkpoint"
                 )
-        rng = torch.load(folder / "rng_state.pt", weights_only=False)
+        moment = torch.load(folder / "rng_state.pt", weights_only=False)
         return ResumeState(
             trainer_state=TrainerState.load_from_json(str(folder / "trainer_state.json")),
             optimizer=torch.load(folder / "optimizer.pt", map_location="cpu"),
             scheduler=torch.load(folder / "scheduler.pt", weights_only=False),
-            metric_sums=rng.pop("metric_sums"),
-            rng=rng,
+            rng=moment["rng"],
+            sums=moment["sums"],
             identity=summary["identity"],
             reference=(
                 torch.load(folder / "reference.pt", map_location="cpu")

@@ -1,12 +1,10 @@
-"""What a run measures: sums kept on the device between logs, rates, and `metrics.jsonl`.
+"""What a run measures: sums kept on the device between logs, counts, and rates.
 
 Nothing here synchronises with the device except `PreferenceMetrics.read`, on logging steps.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -14,7 +12,6 @@ from fastdpo_kernels import TokenStats
 
 from .batch import Pack
 from .data import TokenizedPairs
-from .errors import CheckpointError
 from .objective import PackLoss
 from .pair_logps import per_response
 from .runtime import sum_over_ranks, total_over_ranks
@@ -174,28 +171,3 @@ class Throughput:
     def reset(self) -> None:
         self.pairs, self.tokens, self.paused = 0, 0, 0.0
         self.started = time.perf_counter()
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a log, appended and flushed at once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, logs: dict) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(logs) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"{str(self.path)!r} can't be written: {error.strerror}; free space there and "
-                "resume from the last checkpoint"
-            ) from error
-
-    def keep_until(self, step: int) -> None:
-        """Drops what an interrupted run wrote after `step`, so that a resumed run continues it."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""What a checkpoint takes from a trainer between two steps, and how it is put back, bit for bit.
+
+How a checkpoint lies on disk is checkpoint.py's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
+
+from . import checkpoint as ckpt
+from .errors import CheckpointError
+from .metrics import PackStats
+from .model import load_weights, model_identity
+from .reference_sync import load_reference_state, reference_state
+from .runtime import sum_over_ranks
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
+
+
+def identity(trainer: DPOTrainer) -> dict[str, Any]:
+    """What a checkpoint belongs to: options that shape the run, the data, the reference."""
+    assert trainer.train_pairs is not None
+    return {
+        **trainer.args.identity(),
+        **model_identity(trainer.model),
+        "train_dataset": ckpt.fingerprint(trainer.train_pairs),
+        "reference model": trainer._reference_name,
+        "world_size": trainer.args.world_size,
+    }
+
+
+def take(trainer: DPOTrainer) -> ckpt.ResumeState:
+    """The trainer's state; counts and sums are those of all ranks. Every rank takes part."""
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+    args = trainer.args
+    moving = args.sync_ref_model and not args.save_only_model
+    if moving:
+        assert trainer.live_reference is not None
+    state: Any = trainer.state  # whose annotation of stateful_callbacks is not what it holds
+    state.stateful_callbacks = {
+        type(stateful).__name__: stateful.state() for stateful in _stateful(trainer)
+    }
+    return ckpt.ResumeState(
+        trainer_state=trainer.state,
+        optimizer={} if args.save_only_model else trainer.optimizer.state_dict(),
+        scheduler=trainer.lr_scheduler.state_dict(),
+        rng=ckpt.rng_state(),
+        sums={
+            "metrics": sum_over_ranks(trainer.metrics.sums.clone()).cpu(),
+            "packs": asdict(trainer.run_log.packs_of_all_ranks()),
+        },
+        identity=identity(trainer),
+        reference=reference_state(trainer.live_reference)
+        if moving and trainer.live_reference is not None
+        else None,
+    )
+
+
+def put_back(trainer: DPOTrainer, folder: Path) -> None:
+    """Makes the trainer what it was when it wrote the checkpoint `folder`.
+
+    Raises `CheckpointError` where the checkpoint is another run's, or was not written to resume.
+    """
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+    saved = ckpt.load_checkpoint(folder)
+    ckpt.check_identity(saved.identity, identity(trainer), folder)
+    if not saved.optimizer:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} was written with save_only_model, so it has no "
+            "optimizer to resume; start afresh with it as the model"
+        )
+    try:
+        load_weights(trainer.model, folder)
+        if saved.reference is not None:
+            assert trainer.live_reference is not None
+            load_reference_state(trainer.live_reference, saved.reference)
+        trainer.optimizer.load_state_dict(saved.optimizer)
+        trainer.lr_scheduler.load_state_dict(saved.scheduler)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} does not fit this model or optimizer: {error}"
+        ) from error
+    trainer.state = _fitted(saved.trainer_state, trainer)
+    states: Any = trainer.state.stateful_callbacks or {}
+    for stateful in _stateful(trainer):
+        for name, value in states.get(type(stateful).__name__, {}).get("attributes", {}).items():
+            setattr(stateful, name, value)
+    if trainer.state.is_world_process_zero:  # which holds the sums of all ranks
+        trainer.metrics.sums.copy_(saved.sums["metrics"])
+        trainer.run_log.packs = PackStats(**saved.sums["packs"])
+        if trainer.metrics_file is not None:
+            trainer.metrics_file.rewrite(trainer.state.log_history)
+    ckpt.set_rng_state(saved.rng)
+
+
+def _fitted(state: TrainerState, trainer: DPOTrainer) -> TrainerState:
+    """The saved state, with what this process decides: its rank, and how often it logs."""
+    args = trainer.args
+    state.compute_steps(args, trainer.plan.max_steps)
+    state.is_world_process_zero = args.process_index == 0
+    state.is_local_process_zero = args.local_process_index == 0
+    return state
+
+
+def _stateful(trainer: DPOTrainer) -> Iterable[ExportableState]:
+    """The callbacks that have a state of their own (early stopping's patience)."""
+    found = trainer.callback_handler.callbacks
+    return (callback for callback in found if isinstance(callback, ExportableState))
