@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
     "beta": 0.3,
+    "rpo_alpha": 1.0,  # pairs alone let the chosen answers' own log-probs fall, and facts with them
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,

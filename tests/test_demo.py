@@ -85,14 +85,17 @@ def test_the_demo_learns_what_it_shows(result, script):
     assert result.before.chosen_likelier < 0.5 and result.before.reward_accuracy == 0
     assert result.after.chosen_likelier >= 0.90 and result.after.reward_accuracy >= 0.90
     assert result.n_held_out_pairs == len(rows("test"))
-    # The three that are shown are not picked for their answers: one may be courteous before, and
-    # half a million parameters get a fact wrong now and then. Most of them change plainly.
+    # The three that are shown are the first topics' questions, not picked for their answers: one
+    # may be courteous before. After, they are courteous answers with the right fact; another CPU
+    # rounds otherwise, so half a million parameters are allowed one slip.
     import random
 
     by_text = {q.messages[-1]["content"]: q for q in script.questions(random.Random(1))}
     assert len(result.generations) == 3
     assert all(by_text[question].held_out for question, _, _ in result.generations)
     assert sum(before != after for _, before, after in result.generations) >= 2
+    right = [after in by_text[question].courteous() for question, _, after in result.generations]
+    assert sum(right) >= 2
 
 
 def test_the_demo_saves_tokens(result):
