@@ -10,7 +10,14 @@ from typing import Annotated, Any
 
 from .data_formats import DATASET_FORMATS
 from .errors import ConfigError, did_you_mean
-from .loss_specs import F_DIVERGENCES, LOSSES, SPECS, check_loss_names, check_loss_options
+from .loss_specs import (
+    F_DIVERGENCES,
+    LOSSES,
+    SPECS,
+    UNPAIRED_LOSSES,
+    check_loss_names,
+    check_loss_options,
+)
 from .options import (
     Bound,
     Count,
@@ -42,6 +49,7 @@ METRICS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),
 )
+UNPAIRED_METRICS = (*(name for name in METRICS if name != "rewards/accuracies"), "kl")
 TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
@@ -217,6 +225,10 @@ class TrainingOptions:
     discopop_tau: Positive = option(0.05, "discopop's temperature.")
     simpo_gamma: NonNegative = option(0.5, "simpo's target margin, a reward difference.")
     cpo_alpha: NonNegative = option(1.0, "cpo's weight of the chosen responses' NLL.")
+    desirable_weight: NonNegative = option(
+        1.0, "Weight of desirable responses: kto, apo_zero_unpaired, whose data are unpaired."
+    )
+    undesirable_weight: NonNegative = option(1.0, "Weight of undesirable responses, likewise.")
     use_pair_weights: bool = option(
         False, "Multiply each pair's loss by its column `weight` (>= 0)."
     )
@@ -395,7 +407,8 @@ class TrainingOptions:
                 f"is {self.eval_strategy!r} and save_strategy {self.save_strategy!r}; use one"
             )
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        measured = METRICS + (TOKEN_METRICS if self.log_token_stats else ())
+        measured = UNPAIRED_METRICS if self.loss_type[0] in UNPAIRED_LOSSES else METRICS
+        measured += TOKEN_METRICS if self.log_token_stats else ()
         if not any(best == name or best.endswith(f"_{name}") for name in measured):
             raise ConfigError(
                 f"'metric_for_best_model' {best!r} is not measured; there are "

@@ -50,6 +50,11 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
     on a GPU that has it. Raises `ConfigError`.
     """
 
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs (or examples of unpaired data) of one optimizer step, over all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
         self._refuse_unsupported()

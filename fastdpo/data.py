@@ -1,8 +1,7 @@
-"""Preference pairs as token ids: what the packer, the reference and the trainer read.
+"""From rows to preference pairs as token ids: `tokenize_pairs` is the whole way, top to bottom.
 
-`tokenize_pairs` is the whole way from rows to pairs; it reads top to bottom at the end of the file.
-Not here: reading files (data_sources.py), understanding columns (data_formats.py), templates and
-truncation (data_encode.py).
+Not here: what pairs are (data_pairs.py), reading files (data_sources.py), understanding columns
+(data_formats.py), templates and truncation (data_encode.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from tqdm.auto import tqdm
 
 from fastdpo.data_columns import read_columns, require_columns
 from fastdpo.data_encode import Encoded, EncodePlan, Problem, encode_rows
-from fastdpo.data_formats import detect_format, used_columns
+from fastdpo.data_formats import FORMATS, UNPAIRED, detect_format, used_columns
+from fastdpo.data_pairs import TokenizedPairs, unpaired, with_mismatches
 from fastdpo.data_report import DataReport, LengthSummary
 from fastdpo.data_sources import load_dataset_split
 from fastdpo.errors import ConfigError, DataError, did_you_mean
@@ -36,90 +36,6 @@ _ROWS_PER_BATCH = (
 _ROWS_WORTH_A_PROCESS = 10_000  # about a second of Python work; a fork costs a tenth
 
 
-@dataclass(frozen=True)
-class TokenizedPairs:
-    """n pairs in flat ragged storage; every response is already cut to `max_length`.
-
-    ids [sum of lengths] int32: prompt, chosen, rejected of pair 0, then of pair 1, and so on.
-    offsets [3n + 1] int64: where each of them starts in `ids`; the last entry is len(ids).
-    rows [n] int64: the row of the user's dataset that each pair came from.
-    columns: numbers of the dataset's own that losses use (`weight`, …), [n] fp64 each.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _part(self, i: int, which: int) -> np.ndarray:
-        n = len(self)
-        if not -n <= i < n:
-            raise IndexError(f"pair {i} of {n}")
-        k = 3 * (i % n) + which
-        return self.ids[self.offsets[k] : self.offsets[k + 1]]
-
-    def prompt(self, i: int) -> np.ndarray:
-        """Prompt token ids of pair i: a view, int32."""
-        return self._part(i, 0)
-
-    def chosen(self, i: int) -> np.ndarray:
-        """Token ids of pair i's chosen response, without the prompt: a view, int32."""
-        return self._part(i, 1)
-
-    def rejected(self, i: int) -> np.ndarray:
-        """Token ids of pair i's rejected response, without the prompt: a view, int32."""
-        return self._part(i, 2)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[n, 3] int64: tokens in the prompt, the chosen and the rejected response."""
-        return np.diff(self.offsets).reshape(-1, 3)
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedPairs:
-        """The pairs at `indices`, in that order, repeats allowed; `rows` still name the dataset."""
-        indices = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[indices]  # [m, 3]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        starts = self.offsets[3 * indices] if len(indices) else np.zeros(0, np.int64)
-        pair_lengths = lengths.sum(1)
-        # One gather: position within the new storage, shifted to where that pair lies in the old.
-        shift = np.repeat(starts - offsets[:-1:3], pair_lengths)
-        ids = self.ids[np.arange(len(shift)) + shift]
-        columns = {name: values[indices] for name, values in self.columns.items()}
-        return TokenizedPairs(ids, offsets, self.rows[indices], columns)
-
-    @property
-    def scored_lengths(self) -> np.ndarray:
-        """[n, 2] int64: scored tokens of chosen and rejected. Behind an empty prompt nothing
-        predicts a response's first token: it is not scored."""
-        lengths = self.lengths
-        unscored = (lengths[:, :1] == 0) & (lengths[:, 1:] > 0)
-        return lengths[:, 1:] - unscored
-
-    @classmethod
-    def from_lists(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        chosens: Sequence[Sequence[int]],
-        rejecteds: Sequence[Sequence[int]],
-        rows: Sequence[int] | None = None,
-    ) -> TokenizedPairs:
-        """Builds the flat storage from n lists of token ids each; `rows` defaults to 0..n-1."""
-        parts = [
-            np.asarray(part, dtype=np.int32)
-            for pair in zip(prompts, chosens, rejecteds, strict=True)
-            for part in pair
-        ]
-        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
-        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        n = len(parts) // 3
-        return cls(ids, offsets, np.asarray(range(n) if rows is None else rows, dtype=np.int64))
-
-
 def tokenize_pairs(
     dataset: Any,
     tokenizer: Any,
@@ -131,6 +47,7 @@ def tokenize_pairs(
     name: str = "train",
     progress: bool = True,
     number_columns: Sequence[str] = (),
+    mismatch_block: int | None = None,
 ) -> tuple[TokenizedPairs, DataReport]:
     """Tokenizes every row once.
 
@@ -140,7 +57,9 @@ def tokenize_pairs(
     on_bad_row: `error`, `drop` or `keep` rows with an empty response or identical ones; a None is
     an error unless dropped. num_proc: processes; by default as many as the rows are worth.
     name: what progress, report and errors call the dataset. number_columns: columns of numbers to
-    carry along (data_columns.py says which there are).
+    carry along (data_columns.py says which there are). mismatch_block: for losses of unpaired data:
+    single examples, those of paired data too, with mismatched responses from blocks of so many
+    neighbours, 1 for none (data_pairs.py).
     Raises DataError naming row and column; ConfigError for an option outside its domain.
     """
     if on_bad_row not in ON_BAD_ROW:
@@ -158,6 +77,13 @@ def tokenize_pairs(
         format_name = detect_format(dataset_format, columns, _take(rows, 0, min(n_rows, 16)))
     except DataError as error:
         raise DataError(f"{name} dataset: {error}") from None
+    if format_name == UNPAIRED and mismatch_block is None:
+        raise DataError(
+            f"the {name} dataset is unpaired ({', '.join(FORMATS[UNPAIRED][0])}), and the "
+            "loss is one of pairs; use loss_type kto or apo_zero_unpaired, or give pairs"
+        )
+    if format_name != UNPAIRED:  # a pair's sides are its labels
+        number_columns = [column for column in number_columns if column != "label"]
     used = used_columns(format_name) | set(number_columns)
     require_columns(number_columns, columns, name)
     if hasattr(rows, "select_columns"):
@@ -168,6 +94,7 @@ def tokenize_pairs(
         tokenizer=tokenizer,
         format_name=format_name,
         max_length=max_length,
+        cut=mismatch_block is None,
         fatal=frozenset(
             {"error": soft | {"none", "unscored"}, "keep": {"none", "unscored"}, "drop": ()}[
                 on_bad_row
@@ -192,10 +119,14 @@ def tokenize_pairs(
     problems = [problem for part in parts for problem in part.problems]
     if n_fatal:
         raise DataError(_bad_rows(name, [p for p in problems if p.kind in plan.fatal], max_length))
-    pairs, report = _assemble(parts, problems, plan, name, n_rows, on_bad_row, columns, used)
+    pairs = _assemble(parts, problems, plan, name, n_rows)
     if number_columns:
         pairs = replace(pairs, columns=read_columns(rows, number_columns, pairs.rows, name))
-    return pairs, report
+    if mismatch_block is not None:
+        examples = pairs if format_name == UNPAIRED else unpaired(pairs)
+        pairs = with_mismatches(examples, mismatch_block, max_length)
+    unused = tuple(column for column in columns if column not in used)
+    return pairs, _report(pairs, parts, problems, plan, name, n_rows, on_bad_row, unused)
 
 
 def _rows_of(dataset: Any, name: str) -> tuple[list[str], Any]:
@@ -337,32 +268,48 @@ def _assemble(
     plan: EncodePlan,
     name: str,
     n_rows: int,
-    on_bad_row: str,
-    columns: list[str],
-    used: set[str],
-) -> tuple[TokenizedPairs, DataReport]:
+) -> TokenizedPairs:
     lengths = np.concatenate([part.lengths for part in parts])  # [n, 3]
     offsets = np.zeros(lengths.size + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     ids = np.concatenate([part.ids for part in parts])
     pairs = TokenizedPairs(ids, offsets, np.concatenate([part.rows for part in parts]))
+    if len(pairs) == 0:
+        raise DataError(_nothing_left(name, n_rows, problems, parts, plan))
+    return pairs
+
+
+def _report(
+    pairs: TokenizedPairs,
+    parts: list[Encoded],
+    problems: list[Problem],
+    plan: EncodePlan,
+    name: str,
+    n_rows: int,
+    on_bad_row: str,
+    unused_columns: tuple[str, ...],
+) -> DataReport:
     counts = sum((part.counts for part in parts), Counter())
     kinds = Counter(problem.kind for problem in problems)
-    if len(pairs) == 0:
-        raise DataError(_nothing_left(name, n_rows, counts, kinds, parts, plan))
-    dropped = {f"n_dropped_{kind}": kinds[kind] for kind in plan.dropped}
-    report = DataReport(
+    prompts, chosen, rejected = pairs.lengths.T
+    n_desirable = None
+    if not plan.cut:  # examples
+        desirable = pairs.columns["label"] > 0
+        n_desirable = int(desirable.sum())
+        chosen, rejected = chosen[desirable], chosen[~desirable]
+    return DataReport(
         name=name,
         format=plan.format_name,
         on_bad_row=on_bad_row,
         max_length=plan.max_length,
         n_rows=n_rows,
         n_pairs=len(pairs),
+        n_desirable=n_desirable,
         n_prompts=len({pairs.prompt(i).tobytes() for i in range(len(pairs))}),
-        prompt_tokens=_summary(lengths[:, 0]),
-        chosen_tokens=_summary(lengths[:, 1]),
-        rejected_tokens=_summary(lengths[:, 2]),
-        **dropped,
+        prompt_tokens=_summary(prompts),
+        chosen_tokens=_summary(chosen),
+        rejected_tokens=_summary(rejected),
+        **{f"n_dropped_{kind}": kinds[kind] for kind in plan.dropped},
         n_dropped_long_prompt=counts["long_prompt"],
         n_kept_bad=sum(n for kind, n in kinds.items() if kind not in plan.dropped),
         n_truncated_chosen=counts["truncated_chosen"],
@@ -373,23 +320,22 @@ def _assemble(
         n_double_bos=counts["double_bos"],
         n_without_eos=counts["without_eos"],
         n_empty_prompt=counts["empty_prompt"],
-        unused_columns=tuple(column for column in columns if column not in used),
-        example=_example(pairs, plan.tokenizer),
+        unused_columns=unused_columns,
+        example=_example(pairs, plan),
     )
-    return pairs, report
 
 
 def _nothing_left(
     name: str,
     n_rows: int,
-    counts: Counter[str],
-    kinds: Counter[str],
+    problems: list[Problem],
     parts: list[Encoded],
     plan: EncodePlan,
 ) -> str:
+    kinds = Counter(problem.kind for problem in problems)
     reasons = [f"{n:,} are dropped as {kind.replace('_', ' ')}" for kind, n in kinds.items()]
     way_out = "mend the dataset"
-    if n := counts["long_prompt"]:
+    if n := sum(part.counts["long_prompt"] for part in parts):
         longest = max(part.longest_prompt for part in parts)
         reasons.insert(
             0,
@@ -401,22 +347,26 @@ def _nothing_left(
 
 
 def _summary(lengths: np.ndarray) -> LengthSummary:
+    if not len(lengths):
+        return LengthSummary(0, 0, 0)
     return LengthSummary(int(lengths.sum()), int(np.median(lengths)), int(lengths.max()))
 
 
-def _example(pairs: TokenizedPairs, tokenizer: Any) -> str:
+def _example(pairs: TokenizedPairs, plan: EncodePlan) -> str:
     """The first pair as text, a bar where the prompt ends and the response begins."""
 
     def text(ids: np.ndarray) -> str:
-        return str(ids.tolist()) if tokenizer is None else tokenizer.decode(ids.tolist())
+        listed = ids.tolist()
+        return str(listed) if plan.tokenizer is None else plan.tokenizer.decode(listed)
 
     prompt, chosen, rejected = (
         text(ids) for ids in (p(0) for p in (pairs.prompt, pairs.chosen, pairs.rejected))
     )
     before = repr(prompt if len(prompt) <= 120 else "…" + prompt[-119:])
+    sides = ("chosen", "rejected") if plan.cut else ("response", "mismatched")
     return "\n".join(
         f"row {pairs.rows[0]}, {side}: {before} | {_shortened(response)!r}"
-        for side, response in (("chosen", chosen), ("rejected", rejected))
+        for side, response in zip(sides, (chosen, rejected), strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""A dataset's own numbers for its pairs: weights, soft labels, scores.
+"""A dataset's own numbers for its pairs: weights, soft labels, scores, labels.
 
 Carried along only where an option asks for them; objective.py says what they mean to a loss.
 """
@@ -19,6 +19,7 @@ COLUMNS: dict[str, Bound] = {
     "p_chosen": Bound(at_least=0, at_most=1),
     "score_chosen": Bound(),
     "score_rejected": Bound(),
+    "label": Bound(at_least=0, at_most=1),  # of unpaired data: 1, true: desirable
 }
 
 
@@ -48,12 +49,16 @@ def _read(rows: Any, column: str, kept: np.ndarray, name: str) -> np.ndarray:
     bound = COLUMNS[column]
     result = np.empty(len(kept))
     for at, (row, value) in enumerate((int(i), values[int(i)]) for i in kept):
-        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not (is_number and np.isfinite(value) and bound.holds(value)):
-            domain = f" {bound}" if str(bound) else ""
+        if column == "label":
+            expected = "true or false"
+            good = isinstance(value, bool | np.bool_ | int | float | np.number) and value in (0, 1)
+        else:
+            expected = f"a finite number {bound}".rstrip()
+            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            good = is_number and np.isfinite(value) and bound.holds(value)
+        if not good:
             raise DataError(
-                f"{name} dataset, row {row} (from 0): {column!r} is {value!r}; expected a finite "
-                f"number{domain}"
+                f"{name} dataset, row {row} (from 0): {column!r} is {value!r}; expected {expected}"
             )
         result[at] = value
     return result

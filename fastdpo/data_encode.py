@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.data_formats import Message, RawPair, read_row
+from fastdpo.data_formats import UNPAIRED, Message, RawPair, read_row
 from fastdpo.errors import DataError
 
 
@@ -38,6 +38,7 @@ class EncodePlan:
     """What every row of a dataset is encoded with.
 
     fatal, dropped: the kinds of problem that end the run, and those that leave the row out.
+    cut: responses to max_length; else (unpaired examples) they are only counted, and cut later.
     scan_only: look for problems and tokenize nothing.
     """
 
@@ -46,6 +47,7 @@ class EncodePlan:
     max_length: int | None
     fatal: frozenset[str]
     dropped: frozenset[str]
+    cut: bool = True
     scan_only: bool = False
 
 
@@ -138,15 +140,17 @@ def _collect(
                 continue
             counts["truncated_chosen"] += len(chosen) > room
             counts["truncated_rejected"] += len(rejected) > room
-            cut = max(len(chosen), len(rejected)) > room
-            chosen, rejected = chosen[:room], rejected[:room]
+            if plan.cut:
+                cut = max(len(chosen), len(rejected)) > room
+                chosen, rejected = chosen[:room], rejected[:room]
         # Without a prompt no row predicts a response's first token.
         unscorable = 0 if prompt else 1
         if min(len(chosen), len(rejected)) <= unscorable:
             column = "chosen" if len(chosen) <= unscorable else "rejected"
             suffix = "_ids" if plan.format_name == "tokenized" else ""
-            problem = Problem(i, "unscored", column + suffix)
-        elif chosen == rejected and not known:
+            column = "completion" if plan.format_name == UNPAIRED else column + suffix
+            problem = Problem(i, "unscored", column)
+        elif chosen == rejected and not known and plan.format_name != UNPAIRED:
             problem = Problem(i, "identical_cut" if cut else "identical", "chosen and rejected")
         else:
             problem = None
@@ -209,9 +213,8 @@ def _tokenize(
         begins = chosens[at][:1] == rejecteds[at][:1] == [bos]
         prompts[at] = [bos] if begins else []
     eos = plan.tokenizer.eos_token_id
-    counts["without_eos"] += sum(
-        eos not in ids[-4:] for part in (chosens, rejecteds) for ids in part
-    )
+    sides = (chosens,) if plan.format_name == UNPAIRED else (chosens, rejecteds)
+    counts["without_eos"] += sum(eos not in ids[-4:] for part in sides for ids in part)
     return prompts, chosens, rejecteds
 
 

@@ -1,4 +1,5 @@
 """From a row of somebody's dataset to (prompt, chosen, rejected): which columns, which shape.
+A row of unpaired data has its one response as both.
 
 Knows column names and dialogue conventions; knows nothing of files, tokens or lengths.
 The splitting rules are those of TRL 1.16's `extract_prompt`, less its off-by-one when one text is
@@ -28,9 +29,14 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
         ("context", "response1", "response2", "overall_preference"),
         "two answers and a preference, negative for the first, 0 for a tie",
     ),
+    "unpaired": (
+        ("prompt", "completion", "label"),
+        "single responses, desirable or not, for kto and apo_zero_unpaired",
+    ),
 }
 """name -> (columns it must have, one line for people); `auto` picks one of these."""
 
+UNPAIRED = "unpaired"
 DATASET_FORMATS = ("auto", *FORMATS)
 _OPTIONAL_COLUMNS = {"orca": ("system",), "sharegpt": ("system",)}
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read with conversations, as TRL does
@@ -87,7 +93,7 @@ def detect_format(name: str, columns: Sequence[str], sample: Sequence[dict]) -> 
     has = set(columns).issuperset
     if has(FORMATS["tokenized"][0]):
         return "tokenized"
-    for candidate in ("explicit", "orca", "sharegpt", "stack_exchange", "helpsteer"):
+    for candidate in ("explicit", "orca", "sharegpt", "stack_exchange", "helpsteer", UNPAIRED):
         if has(FORMATS[candidate][0]):
             return candidate
     if has(FORMATS["implicit"][0]):
@@ -128,6 +134,8 @@ def read_row(row: dict, format_name: str, *, has_chat_template: bool) -> RawPair
         return RawPair(problem=("none", str(error)))
     if pair.problem:
         return pair
+    if format_name == UNPAIRED:
+        return _with_problem(pair, ("empty", "completion")) if _is_blank(pair.chosen) else pair
     names = ("response_j", "response_k") if format_name == "stack_exchange" else None
     sides = names or ("chosen", "rejected")
     if pair.chosen == pair.rejected:
@@ -331,6 +339,12 @@ def _read_helpsteer(row: dict, has_chat_template: bool) -> RawPair:
     return _join(prompt, _turns(row[better], better), _turns(row[worse], worse))
 
 
+def _read_unpaired(row: dict, has_chat_template: bool) -> RawPair:
+    """Both sides hold the one response; data_pairs.py puts another into the second's place."""
+    completion = _turns(row["completion"], "completion")
+    return _join(_turns(row["prompt"], "prompt"), completion, completion)
+
+
 _READERS = {
     "explicit": _read_explicit,
     "implicit": _read_implicit,
@@ -339,4 +353,5 @@ _READERS = {
     "sharegpt": _read_sharegpt,
     "stack_exchange": _read_stack_exchange,
     "helpsteer": _read_helpsteer,
+    UNPAIRED: _read_unpaired,
 }

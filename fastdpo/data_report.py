@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastdpo.data_formats import UNPAIRED
+
 
 @dataclass(frozen=True)
 class LengthSummary:
@@ -26,6 +28,8 @@ class DataReport:
 
     n_dropped_*: rows left out, by reason (`identical` counts those equal before truncation,
     `identical_cut` those equal only after it, `unscored` responses without a token to score).
+    n_desirable: of `n_pairs` unpaired examples, whose responses chosen_tokens and rejected_tokens
+    are about by label; None for pairs.
     n_kept_bad: rows with an empty response or identical ones that are trained on, as asked.
     prompt_boundary_moved: pairs whose tokenized prompt is not the beginning of prompt + response,
     so that the response begins earlier. example: one pair, decoded, boundary marked.
@@ -41,6 +45,7 @@ class DataReport:
     prompt_tokens: LengthSummary
     chosen_tokens: LengthSummary
     rejected_tokens: LengthSummary
+    n_desirable: int | None = None
     n_dropped_none: int = 0
     n_dropped_empty: int = 0
     n_dropped_identical: int = 0
@@ -62,12 +67,16 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report as lines of text; lines about things that did not happen are left out."""
-        head = f"{self.name} data: {self.n_rows:,} rows -> {self.n_pairs:,} pairs"
+        what, chosen, rejected = "pairs", "chosen", "rejected"
+        if self.n_desirable is not None:
+            what, chosen, rejected = "examples", "desirable", "undesirable"
+            what += f" ({self.n_desirable:,} desirable)"
+        head = f"{self.name} data: {self.n_rows:,} rows -> {self.n_pairs:,} {what}"
         lines = [f"{head}, {self.n_prompts:,} distinct prompts (format {self.format})"]
         lines += [f"  {text}" for text in self._events()]
         lines.append(
-            f"  tokens: prompts {self.prompt_tokens}, chosen {self.chosen_tokens}, "
-            f"rejected {self.rejected_tokens}"
+            f"  tokens: prompts {self.prompt_tokens}, {chosen} {self.chosen_tokens}, "
+            f"{rejected} {self.rejected_tokens}"
         )
         if self.unused_columns:
             lines.append(f"  columns not used: {', '.join(self.unused_columns)}")
@@ -92,7 +101,11 @@ class DataReport:
                 f"kept: {self.n_kept_bad:,} rows with an empty response or identical ones "
                 "(on_bad_row=keep)"
             )
-        if self.n_truncated_chosen or self.n_truncated_rejected:
+        if self.format == UNPAIRED and self.n_truncated_chosen:
+            events.append(
+                f"cut to max_length={self.max_length}: {self.n_truncated_chosen:,} responses"
+            )
+        elif self.n_truncated_chosen or self.n_truncated_rejected:
             events.append(
                 f"cut to max_length={self.max_length}: {self.n_truncated_chosen:,} chosen and "
                 f"{self.n_truncated_rejected:,} rejected responses"

@@ -22,10 +22,13 @@ class LossSpec:
     reference_free: it never reads the reference.
     parameters: the options it takes beside beta.
     f_divergence: its margin is one of scores f'(policy / reference), so any f-divergence goes in.
-    logps: it reads summed log-probs, which LD-DPO may weigh; False for per-token means and odds.
+    logps: it reads summed log-probs, which LD-DPO may weigh by the other response's length; False
+        for per-token means, odds and single responses.
     weighting: WPO's weights apply: it is a sum of losses of pairs of responses.
     flips: the loss of a pair with its responses swapped has a meaning (soft labels).
     margin: a score margin may be subtracted from its beta * (chosen - rejected).
+    unpaired: it is of single responses and their labels; the rejected one is a mismatched response
+        where the scope is the step, and no other where it is the pair (data_pairs.py).
     """
 
     source: str
@@ -37,9 +40,11 @@ class LossSpec:
     weighting: bool = True
     flips: bool = False
     margin: bool = False
+    unpaired: bool = False
 
 
 _SMOOTHED = ("label_smoothing",)
+_BY_LABEL = ("desirable_weight", "undesirable_weight")
 
 SPECS: dict[str, LossSpec] = {
     "sigmoid": LossSpec(
@@ -108,11 +113,26 @@ SPECS: dict[str, LossSpec] = {
     "orpo": LossSpec(
         "ORPO, arXiv 2403.07691 eq. 6 and 7", reference_free=True, logps=False, weighting=False
     ),
+    "kto": LossSpec(
+        "KTO, arXiv 2402.01306 sec. 4.1",
+        scope="step",
+        parameters=_BY_LABEL,
+        logps=False,
+        weighting=False,
+        unpaired=True,
+    ),
+    "apo_zero_unpaired": LossSpec(
+        "APO, arXiv 2408.06266 eq. 7, its two terms apart",
+        parameters=_BY_LABEL,
+        logps=False,
+        weighting=False,
+        unpaired=True,
+    ),
 }
 LOSSES = tuple(SPECS)
 # Of these `sft` alone says nothing about the reference: it goes with either kind.
 PLAIN_NLL = "sft"
-REFUSED = {"kto": "it needs unpaired data"}
+UNPAIRED_LOSSES = tuple(name for name, spec in SPECS.items() if spec.unpaired)
 
 
 def is_users(name: str) -> bool:
@@ -129,15 +149,10 @@ def needs_reference(specs: dict[str, LossSpec]) -> bool:
 
 
 def check_loss_names(names: Sequence[str]) -> None:
-    """Raises `ConfigError` for a loss that is unknown, refused or named twice."""
+    """Raises `ConfigError` for a loss that is unknown or named twice."""
     if not names:
         raise ConfigError(f"'loss_type' names no loss; fastdpo has {', '.join(LOSSES)}")
     for name in names:
-        if name in REFUSED:
-            raise ConfigError(
-                f"loss_type {name!r} is not supported by fastdpo yet ({REFUSED[name]}); "
-                f"it has {', '.join(LOSSES)}"
-            )
         if name not in SPECS and not is_users(name):
             raise ConfigError(
                 f"unknown loss_type {name!r}; fastdpo has {', '.join(LOSSES)}, and takes your own "
@@ -160,6 +175,11 @@ def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
     def takes(parameter: str) -> bool:
         return open_ended or any(parameter in spec.parameters for spec in known)
 
+    for name in (name for name, spec in specs.items() if spec is not None and spec.unpaired):
+        if len(specs) > 1:
+            raise ConfigError(
+                f"loss_type {name!r} is of unpaired data and goes with no other; got {names}"
+            )
     _check_label_smoothing(options, specs, takes)
     if options.loss_weights is not None and len(options.loss_weights) != len(specs):
         raise ConfigError(
@@ -170,7 +190,10 @@ def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
         raise ConfigError(f"'loss_weights' expects numbers >= 0, got {options.loss_weights}")
     if options.loss_weights is not None and max(options.loss_weights) == 0:
         raise ConfigError("'loss_weights' are all 0, so nothing would be trained; raise one")
-    defaults = {"discopop_tau": 0.05, "simpo_gamma": 0.5, "cpo_alpha": 1.0}
+    defaults = {
+        **{"discopop_tau": 0.05, "simpo_gamma": 0.5, "cpo_alpha": 1.0},
+        **{"desirable_weight": 1.0, "undesirable_weight": 1.0},
+    }
     for parameter, default in defaults.items():
         if getattr(options, parameter) != default and not takes(parameter):
             owners = [name for name, spec in SPECS.items() if parameter in spec.parameters]
@@ -178,6 +201,11 @@ def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
                 f"{parameter!r} belongs to loss_type {', '.join(owners)}, and loss_type is "
                 f"{names}; leave it out"
             )
+    if options.desirable_weight == options.undesirable_weight == 0:
+        raise ConfigError(
+            "'desirable_weight' and 'undesirable_weight' are both 0, so nothing would be trained; "
+            "raise one"
+        )
     if options.f_alpha_divergence_coef != 0.5 and options.f_divergence_type != "alpha_divergence":
         raise ConfigError(
             "'f_alpha_divergence_coef' belongs to f_divergence_type 'alpha_divergence', and that "
@@ -245,6 +273,9 @@ def _check_extras(options: Any, specs: dict[str, LossSpec | None], names: str) -
                 "'score_margin_scale' and 'f_divergence_type' both redefine the margin; leave one "
                 "of the two out"
             )
+    if options.rpo_alpha:
+        single = [name for name, spec in specs.items() if spec is not None and spec.unpaired]
+        refuse_for("rpo_alpha", single, "its responses are not all chosen ones")
     if options.rpo_alpha and PLAIN_NLL in specs:
         raise ConfigError(
             "'rpo_alpha' and loss_type 'sft' both add the chosen responses' NLL; keep one"

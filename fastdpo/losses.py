@@ -31,6 +31,8 @@ class PairLogps:
         weights. The reference's are None where no loss of the run reads a reference.
     *_lengths: scored tokens, at least 1. chosen_nll: minus the policy's summed log-prob of chosen,
         every token with weight 1.
+    desirable: 1 or 0, the labels of unpaired data; None for pairs. Chosen is then an example's one
+        response, whatever its label, and rejected a mismatched response to its prompt.
     mean_chosen_length []: over all pairs of the step, however it is packed: the mean over pairs
         of `chosen_nll / mean_chosen_length` is the step's NLL per token.
     """
@@ -43,6 +45,7 @@ class PairLogps:
     rejected_lengths: Tensor
     chosen_nll: Tensor
     mean_chosen_length: Tensor
+    desirable: Tensor | None = None
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -217,6 +220,35 @@ def orpo(logps: PairLogps, *, beta: float) -> Tensor:
     return logps.chosen_nll_per_token - beta * F.logsigmoid(chosen - rejected)
 
 
+def kl_baseline(logps: PairLogps) -> Tensor:
+    """KTO's z_0 []: the mean log-ratio of the step's mismatched responses, at least 0, constant."""
+    return logps.rejected_logratios.detach().mean().clamp(min=0)
+
+
+def kto(
+    logps: PairLogps, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """lambda_y - v(x, y): how far a response's log-ratio is from the right side of the baseline."""
+    surplus = beta * (logps.chosen_logratios - kl_baseline(logps))
+    return _by_label(logps, surplus, desirable_weight, undesirable_weight)
+
+
+def apo_zero_unpaired(
+    logps: PairLogps, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """kto with a baseline of 0: apo_zero's terms, each for responses of its label."""
+    surplus = beta * logps.chosen_logratios
+    return _by_label(logps, surplus, desirable_weight, undesirable_weight)
+
+
+def _by_label(logps: PairLogps, surplus: Tensor, desirable: float, undesirable: float) -> Tensor:
+    """desirable * sigmoid(-surplus) or, by label, undesirable * sigmoid(surplus)."""
+    assert logps.desirable is not None
+    sign = 2 * logps.desirable - 1
+    weight = desirable * logps.desirable + undesirable * (1 - logps.desirable)
+    return weight * torch.sigmoid(-sign * surplus)
+
+
 def _log_odds(log_p: Tensor) -> Tensor:
     """log(p / (1 - p)) for p < 1; a p that rounds to 1 counts as the largest number below."""
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
@@ -226,6 +258,7 @@ def _log_odds(log_p: Tensor) -> Tensor:
 _FUNCTIONS: tuple[Callable[..., Tensor], ...] = (
     *(sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired),
     *(apo_zero, apo_down, discopop, sft, sigmoid_norm, simpo, cpo, orpo),
+    *(kto, apo_zero_unpaired),
 )
 REGISTRY: dict[str, PreferenceLoss] = {
     fn.__name__: PreferenceLoss(fn, SPECS[fn.__name__]) for fn in _FUNCTIONS
@@ -288,7 +321,10 @@ def _load_users(name: str) -> PreferenceLoss:
     return loss
 
 
-OPTIONS = ("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha")
+OPTIONS = (
+    *("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha"),
+    *("desirable_weight", "undesirable_weight"),
+)
 
 
 def _parameters(name: str, fn: Callable) -> tuple[str, ...]:
@@ -320,6 +356,8 @@ def _try(name: str, loss: PreferenceLoss) -> None:
         "discopop_tau": 0.05,
         "simpo_gamma": 0.5,
         "cpo_alpha": 1.0,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
     }
     whole = _example(torch.arange(4.0, dtype=torch.float64))
     losses = call(loss, whole, options)
@@ -356,6 +394,7 @@ def _example(i: Tensor) -> PairLogps:
         "rejected_lengths": 5 - i,
         "chosen_nll": 7 + i,
         "mean_chosen_length": torch.tensor(4.5, dtype=torch.float64),
+        "desirable": i % 2,
     }
     assert logps.keys() == {f.name for f in fields(PairLogps)}
     for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_nll"):

@@ -25,6 +25,8 @@ NAMES = (
     "logps/chosen",
     "logps/rejected",
 )
+# Of unpaired data: means over the desirable or undesirable examples, and KTO's baseline.
+UNPAIRED_NAMES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
 # With log_token_stats: means over tokens, of both responses, of chosen, of rejected, of chosen.
 TOKEN_NAMES = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
@@ -33,40 +35,44 @@ TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
 class PreferenceMetrics:
     """Sums over pairs, fp64, on the device; only `read` and `run_loss` wait for it.
 
-    Two rows: since the last `reset`, and over the whole run.
+    Two rows: since the last `reset`, and over the whole run. unpaired: chosen and rejected are the
+    responses of desirable and of undesirable examples.
     """
 
-    def __init__(self, device: torch.device, *, token_stats: bool = False):
-        self.token_stats = token_stats
-        n_columns = 2 + len(NAMES) + (2 + len(TOKEN_NAMES) if token_stats else 0)
+    def __init__(self, device: torch.device, *, token_stats: bool = False, unpaired: bool = False):
+        self.token_stats, self.unpaired = token_stats, unpaired
+        n_columns = 2 + (2 + len(UNPAIRED_NAMES) if unpaired else len(NAMES))
+        n_columns += 2 + len(TOKEN_NAMES) if token_stats else 0
         self.sums = torch.zeros(2, n_columns, dtype=torch.float64, device=device)
 
     def add(self, loss: PackLoss, pack: Pack, stats: TokenStats | None) -> None:
         """Adds one pack; `stats`: of its tokens, read if made with `token_stats`."""
-        chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
-        columns = [
-            loss.losses,
-            torch.ones_like(chosen),
-            chosen,
-            rejected,
-            chosen > rejected,
-            chosen - rejected,
-            loss.chosen_logps,
-            loss.rejected_logps,
-        ]
+        columns = [loss.losses, torch.ones_like(loss.losses)]
+        columns += _unpaired_columns(loss, pack) if self.unpaired else _pair_columns(loss)
         if self.token_stats:
             assert stats is not None
-            columns += _token_columns(pack, stats)
+            columns += _token_columns(pack, stats, self.unpaired)
         self.sums += torch.stack([column.double().sum() for column in columns])
 
     def read(self) -> dict[str, float]:
-        """Means over all pairs of all ranks since the last reset; `loss` among them. One sync."""
+        """Means over all pairs of all ranks since the last reset; `loss` among them. One sync.
+
+        Of unpaired data what no example stands for is left out.
+        """
         loss, n_pairs, *sums = sum_over_ranks(self.sums[0].clone()).tolist()
         if n_pairs == 0:
             return {}
-        means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=False)}
+        if self.unpaired:
+            n_chosen, n_rejected, *sums = sums
+            counts = (n_chosen, n_rejected, n_chosen, n_rejected, n_pairs)
+            of_names = zip(UNPAIRED_NAMES, sums, counts, strict=False)
+            means = {name: value / n for name, value, n in of_names if n}
+            if n_chosen and n_rejected:
+                means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        else:
+            means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=False)}
         if self.token_stats:
-            n_chosen, n_rejected, *sums = sums[len(NAMES) :]
+            n_chosen, n_rejected, *sums = sums[len(UNPAIRED_NAMES if self.unpaired else NAMES) :]
             counts = (n_chosen + n_rejected, n_chosen, n_rejected, n_chosen)
             for name, value, count in zip(TOKEN_NAMES, sums, counts, strict=True):
                 means[name] = value / max(count, 1)
@@ -82,14 +88,41 @@ class PreferenceMetrics:
         self.sums[0].zero_()
 
 
-def _token_columns(pack: Pack, stats: TokenStats) -> list[torch.Tensor]:
+def _pair_columns(loss: PackLoss) -> list[torch.Tensor]:
+    chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
+    margins = chosen - rejected
+    logps = [loss.chosen_logps, loss.rejected_logps]
+    return [chosen, rejected, chosen > rejected, margins, *logps]
+
+
+def _unpaired_columns(loss: PackLoss, pack: Pack) -> list[torch.Tensor]:
+    """How many examples of each label, then the sums that `UNPAIRED_NAMES` are means of."""
+    kl = torch.zeros_like(loss.losses) if loss.kl is None else loss.kl
+    of_label = [
+        _by_label(values, pack).unbind(1)
+        for values in (torch.ones_like(loss.losses), loss.chosen_rewards, loss.chosen_logps)
+    ]
+    return [side for sides in of_label for side in sides] + [kl]
+
+
+def _by_label(values: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """[P] of the examples' own responses -> [P, 2]: of desirable ones, of undesirable ones."""
+    desirable = pack.columns["label"]
+    return torch.stack([values * desirable, values * (1 - desirable)], 1)
+
+
+def _token_columns(pack: Pack, stats: TokenStats, unpaired: bool) -> list[torch.Tensor]:
     """Scored tokens of chosen and rejected, then the sums that `TOKEN_NAMES` are means of."""
     assert stats.entropy is not None and stats.mean_logits is not None
     assert stats.is_top1 is not None
-    lengths = pack.cu_responses.diff()[pack.pairs]  # [P, 2]
+
+    def sides(of_responses: torch.Tensor) -> torch.Tensor:  # [R] -> [P, 2]
+        of_pairs = of_responses[pack.pairs]
+        return _by_label(of_pairs[:, 0], pack) if unpaired else of_pairs
+
+    lengths = sides(pack.cu_responses.diff())
     entropy, logits, top1 = (
-        per_response(of, pack)[pack.pairs]
-        for of in (stats.entropy, stats.mean_logits, stats.is_top1)
+        sides(per_response(of, pack)) for of in (stats.entropy, stats.mean_logits, stats.is_top1)
     )
     return [lengths[:, 0], lengths[:, 1], entropy, logits[:, 0], logits[:, 1], top1[:, 0]]
 

@@ -19,7 +19,7 @@ from .batch import Pack
 from .config import DPOConfig
 from .errors import ConfigError
 from .loss_specs import PLAIN_NLL, check_loss_options, needs_reference
-from .losses import PairLogps, call, f_scores, load_losses
+from .losses import PairLogps, call, f_scores, kl_baseline, load_losses
 from .pair_logps import PairSums, pair_sums, token_gradient
 
 FUSED = ("sigmoid", "ipo", "hinge")
@@ -44,6 +44,7 @@ class PackLoss:
     beta * log policy / reference; without a reference beta times the policy's log-prob (per token
     where the loss takes means). logps: summed over a response, under LD-DPO with its weights.
     token_grad [N]: d sum of the step's losses / d token_logps; None if not asked for.
+    kl: the step's KL baseline, for each of the pairs; None if the loss has none.
     """
 
     losses: Tensor
@@ -52,6 +53,7 @@ class PackLoss:
     chosen_logps: Tensor
     rejected_logps: Tensor
     token_grad: Tensor | None
+    kl: Tensor | None = None
 
 
 class Objective:
@@ -71,7 +73,14 @@ class Objective:
                 f"are {args.world_size}; train on one, with a larger gradient_accumulation_steps"
             )
         self.stats = ("log_sum_sq_probs",) if args.use_weighting else ()
-        self.columns = number_columns(args)
+        self.unpaired = any(spec.unpaired for spec in specs.values())
+        self.has_kl = self.unpaired and self.needs_whole_step
+        if self.has_kl and args.pairs_per_step < 2:
+            raise ConfigError(
+                f"loss_type {', '.join(specs)} compares with mismatched responses of the same "
+                "step, and a step has 1 example; raise per_device_train_batch_size"
+            )
+        self.columns = number_columns(args) + (("label",) if self.unpaired else ())
         self.means = any(not spec.logps for spec in specs.values())  # rewards of mean log-probs
         self.means = self.means and "cpo" not in specs
         extras = (
@@ -83,6 +92,14 @@ class Objective:
             self.columns,
         )
         self.fused = args.loss_type[0] in FUSED and len(specs) == 1 and not any(extras)
+
+    @property
+    def mismatch_block(self) -> int | None:
+        """For unpaired data: among how many neighbours mismatched responses are exchanged, so many
+        as a step has; 1 where the loss reads none. None for pairs."""
+        if not self.unpaired:
+            return None
+        return self.args.pairs_per_step if self.has_kl else 1
 
     def __call__(
         self, scored: Sequence[ScoredPack], mean_chosen_length: float, *, grad: bool
@@ -118,6 +135,7 @@ class Objective:
         rewards: Tensor,
         logps: Tensor,
         slopes: Tensor | None,
+        kl: Tensor | None,
     ) -> PackLoss:
         dtype = scored.token_logps.dtype
         out = torch.promote_types(dtype, torch.float32)
@@ -128,7 +146,7 @@ class Objective:
             of.to(out).unbind(1) for of in (rewards, logps)
         )
         return PackLoss(
-            losses.to(out), chosen_rewards, rejected_rewards, chosen, rejected, token_grad
+            losses.to(out), chosen_rewards, rejected_rewards, chosen, rejected, token_grad, kl
         )
 
     def _fused(self, scored: ScoredPack, grad: bool) -> PackLoss:
@@ -168,8 +186,9 @@ class Objective:
 
     def _of_pairs(
         self, sums: PairSums, mean_chosen_length: float, grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """losses [P], rewards [P, 2], logps [P, 2], and d sum(losses) / d sums.policy [P, 2, K]."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """losses [P], rewards [P, 2], logps [P, 2], d sum(losses) / d sums.policy [P, 2, K], and
+        the KL baseline [P] if there is one."""
         with torch.set_grad_enabled(grad):
             leaf = sums.policy.detach().requires_grad_(grad)
             logps = self._pair_logps(leaf, sums, mean_chosen_length)
@@ -180,7 +199,8 @@ class Objective:
             ratios = policy - torch.stack([logps.ref_chosen_logps, logps.ref_rejected_logps], 1)
         else:
             ratios = policy / sums.lengths.clamp(min=1) if self.means else policy
-        return losses.detach(), self.args.beta * ratios, policy, slopes
+        kl = kl_baseline(logps).expand(len(policy)) if self.has_kl else None
+        return losses.detach(), self.args.beta * ratios, policy, slopes, kl
 
     def _pair_logps(self, policy: Tensor, sums: PairSums, mean_chosen_length: float) -> PairLogps:
         alpha = 1.0 if self.args.ld_alpha is None else self.args.ld_alpha
@@ -201,6 +221,7 @@ class Objective:
             rejected_lengths=lengths[:, 1],
             chosen_nll=-policy[:, 0].sum(-1),
             mean_chosen_length=torch.full_like(lengths[0, 0], max(mean_chosen_length, 1e-300)),
+            desirable=sums.columns["label"] if self.unpaired else None,
         )
 
     def _losses(self, logps: PairLogps, sums: PairSums) -> Tensor:
@@ -244,6 +265,8 @@ class Objective:
             "discopop_tau": args.discopop_tau,
             "simpo_gamma": args.simpo_gamma,
             "cpo_alpha": args.cpo_alpha,
+            "desirable_weight": args.desirable_weight,
+            "undesirable_weight": args.undesirable_weight,
         }
         return call(self.losses[name], logps, options)
 

@@ -13,7 +13,7 @@ from .data import TokenizedPairs, tokenize_pairs
 from .data_columns import require_columns
 from .errors import ConfigError
 from .logps import PackedForwardInfo
-from .objective import number_columns
+from .objective import Objective
 from .policy import open_reference_cache
 from .precompute import Precomputation, precompute
 from .reference_logps import LiveReference, ModelReference, Reference
@@ -39,10 +39,11 @@ def needs_tokenizer(*datasets: Any) -> bool:
 
 
 def tokenized(
-    dataset: Any, name: str, args: DPOConfig, tokenizer: PreTrainedTokenizerBase | None
+    dataset: Any, name: str, objective: Objective, tokenizer: PreTrainedTokenizerBase | None
 ) -> TokenizedPairs:
-    """The pairs of `dataset`, with the columns that the options ask for; says what became of it."""
-    wanted = number_columns(args)
+    """The pairs (or unpaired examples) of `dataset` that `objective` is of, with the columns that
+    it asks for; says what became of the rows."""
+    args, wanted = objective.args, objective.columns
     if isinstance(dataset, TokenizedPairs):
         require_columns(wanted, list(dataset.columns), name)
         return dataset
@@ -56,6 +57,7 @@ def tokenized(
         name=name,
         progress=not args.disable_tqdm,
         number_columns=wanted,
+        mismatch_block=objective.mismatch_block,
     )
     for line in report.lines():
         logger.info(line)

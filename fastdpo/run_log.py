@@ -55,12 +55,10 @@ class RunLog:
     def show(self, logs: dict[str, Any]) -> None:
         """The newest numbers on the bar."""
         if self.bar is not None:
+            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            shown |= {"pairs_s": "pairs_per_second", "tokens_s": "tokens_per_second"}
             self.bar.set_postfix(
-                loss=f"{logs['loss']:.4f}",
-                margin=f"{logs['rewards/margins']:.3f}",
-                accuracy=f"{logs['rewards/accuracies']:.2f}",
-                pairs_s=f"{logs['pairs_per_second']:.1f}",
-                tokens_s=f"{logs['tokens_per_second']:.0f}",
+                {name: f"{logs[key]:.4g}" for name, key in shown.items() if key in logs}
             )
 
 

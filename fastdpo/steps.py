@@ -85,14 +85,11 @@ class StepPlan:
 
     def __init__(self, pairs: TokenizedPairs, args: DPOConfig, packer: Packer):
         self.pairs, self.args, self.packer = pairs, args, packer
-        self.pairs_per_step = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        )
-        full, rest = divmod(len(pairs), self.pairs_per_step)
+        full, rest = divmod(len(pairs), args.pairs_per_step)
         self.steps_per_epoch = full + (rest > 0 and not args.dataloader_drop_last)
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{len(pairs)} pairs are fewer than one step of {self.pairs_per_step}, and "
+                f"{len(pairs)} pairs are fewer than one step of {args.pairs_per_step}, and "
                 "dataloader_drop_last drops them; lower per_device_train_batch_size"
             )
         by_epochs = math.ceil(args.num_train_epochs * self.steps_per_epoch)
@@ -105,7 +102,7 @@ class StepPlan:
         args = self.args
         order = step_pair_ids(
             self.pairs,
-            pairs_per_step=self.pairs_per_step,
+            pairs_per_step=args.pairs_per_step,
             epoch=epoch,
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=args.train_sampling_strategy,

@@ -125,7 +125,7 @@ class DPOTrainer:
             self.device,
             models.packed.max_seqlen,
         )
-        read = functools.partial(tokenized, args=self.args, tokenizer=processing_class)
+        read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
         self.eval_pairs = {
             key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
@@ -395,7 +395,9 @@ class DPOTrainer:
                 raise DataError("evaluate() needs an eval_dataset, here or at construction")
             sets, references = self.eval_pairs, self.eval_references
         else:
-            read = functools.partial(tokenized, args=self.args, tokenizer=self.processing_class)
+            read = functools.partial(
+                tokenized, objective=self.objective, tokenizer=self.processing_class
+            )
             sets = {
                 key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
             }
@@ -420,7 +422,9 @@ class DPOTrainer:
         return logs
 
     def _new_metrics(self) -> PreferenceMetrics:
-        return PreferenceMetrics(self.device, token_stats=self.args.log_token_stats)
+        return PreferenceMetrics(
+            self.device, token_stats=self.args.log_token_stats, unpaired=self.objective.unpaired
+        )
 
     def _evaluate_and_track(self) -> dict[str, float]:
         """Evaluates during training and remembers the best metric."""

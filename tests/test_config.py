@@ -242,6 +242,8 @@ def test_no_option_is_dead():
         ),
         *("eval_steps", "eval_delay", "save_steps", "logging_strategy", "logging_steps"),
         "logging_first_step",
+        # DPOConfig.pairs_per_step
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),
         # the trackers' callbacks
         *("run_name", "project", "trackio_space_id"),
     }

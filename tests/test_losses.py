@@ -17,7 +17,7 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import TokenizedPairs, tokenize_pairs
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.loss_specs import LOSSES, SPECS, LossSpec
-from fastdpo.losses import REGISTRY, PairLogps, PreferenceLoss, call, f_scores, load_losses
+from fastdpo.losses import OPTIONS, REGISTRY, PairLogps, PreferenceLoss, call, f_scores, load_losses
 from fastdpo.objective import Objective
 from tests.test_keystone import fp64_norms, mixed_pairs, padded_unshared
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
@@ -39,6 +39,9 @@ def with_columns(pairs: TokenizedPairs) -> TokenizedPairs:
         "p_chosen": rng.uniform(0, 1, len(pairs)),
         "score_chosen": rng.normal(1, 1, len(pairs)),
         "score_rejected": rng.normal(0, 1, len(pairs)),
+        "label": (np.arange(len(pairs)) % 3 > 0).astype(
+            float
+        ),  # as of unpaired data, whose form is the same
     }
     return TokenizedPairs(pairs.ids, pairs.offsets, pairs.rows, columns)
 
@@ -149,6 +152,7 @@ def by_autograd(options: dict) -> tuple[float, dict[str, torch.Tensor]]:
         lengths[:, 1].clamp(min=1),
         chosen_nll=-sums(tokens, 0, 1.0),
         mean_chosen_length=lengths[:, 0].mean(),
+        desirable=torch.from_numpy(pairs.columns["label"]).double(),
     )
     column = {k: torch.from_numpy(v) for k, v in pairs.columns.items()}
     total = torch.zeros(len(pairs), dtype=torch.float64)
@@ -163,10 +167,7 @@ def by_autograd(options: dict) -> tuple[float, dict[str, torch.Tensor]]:
             c = c - args.score_margin_scale * gap / args.beta
         plain = args.f_divergence_type == "reverse_kl" and not args.score_margin_scale
         fed = logps if plain or name == "sft" else logps.with_scores(c, r)
-        options_of = {
-            k: getattr(args, k)
-            for k in ("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha")
-        }
+        options_of = {k: getattr(args, k) for k in OPTIONS}
         losses = call(REGISTRY[name], fed, options_of)
         if args.use_soft_labels:
             flipped = call(REGISTRY[name], fed.swapped(), options_of)
@@ -201,6 +202,12 @@ EXACT = {
     "soft": {"loss_type": ["hinge", "ipo"], "use_soft_labels": True},
     "margin": {"score_margin_scale": 0.3, "use_pair_weights": True, "beta": 0.5},
     "cdpo": {"label_smoothing": 0.2},
+    "kto-weights": {"loss_type": ["kto"], "desirable_weight": 1.3, "undesirable_weight": 0.4},
+    "cpo-smoothed-mix": {
+        "loss_type": ["cpo", "simpo"],
+        "label_smoothing": 0.1,
+        "loss_weights": [0.3, 2.0],
+    },
 }
 # fp64 through two layers: sums of some 1e3 terms in another order leave about 1e-13 of a result.
 # The issue's bound.
@@ -265,7 +272,7 @@ def aligned_probability(policy, pairs: TokenizedPairs, i: int, side: int) -> flo
     return float(torch.exp(terms.sum() / max(len(terms), 1)))
 
 
-@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "kto"])
 def test_the_step_wide_losses_would_differ_pack_by_pack(loss_type):
     """The test above can fail: sorted within packs, these are other losses."""
     objective = Objective(config(loss_type=[loss_type]))
@@ -521,7 +528,23 @@ def test_bad_numbers_are_named_by_row(tmp_path, column, option, values, parts):
         ({"loss_weights": [0]}, ["all 0"]),
         ({"loss_weights": ["a"]}, ["'loss_weights'", "list of numbers"]),
         ({"loss_type": "sigmoid,sigmoid"}, ["twice"]),
-        ({"loss_type": "kto"}, ["'kto'", "not supported", "unpaired"]),
+        ({"loss_type": "kto,sigmoid"}, ["'kto'", "unpaired", "goes with no other"]),
+        ({"loss_type": "kto", "label_smoothing": 0.1}, ["'label_smoothing'", "'kto'"]),
+        ({"loss_type": "kto", "ld_alpha": 0.5}, ["'ld_alpha'", "kto"]),
+        ({"loss_type": "kto", "use_weighting": True}, ["'use_weighting'", "kto"]),
+        ({"loss_type": "kto", "use_pair_weights": True}, ["'use_pair_weights'", "kto"]),
+        ({"loss_type": "kto", "f_divergence_type": "forward_kl"}, ["'f_divergence_type'", "kto"]),
+        ({"loss_type": "apo_zero_unpaired", "rpo_alpha": 1}, ["'rpo_alpha'", "not all chosen"]),
+        ({"desirable_weight": 0.5}, ["'desirable_weight'", "kto, apo_zero_unpaired"]),
+        ({"loss_type": "kto", "undesirable_weight": -1}, ["'undesirable_weight'", ">= 0"]),
+        (
+            {"loss_type": "kto", "desirable_weight": 0, "undesirable_weight": 0},
+            ["both 0", "raise one"],
+        ),
+        (
+            {"loss_type": "kto", "metric_for_best_model": "rewards/accuracies"},
+            ["not measured", "kl"],
+        ),
         ({"loss_type": "my.module:"}, ["unknown loss_type", "module:function"]),
         ({"loss_type": "aot", "use_weighting": True}, ["'use_weighting'", "aot"]),
         ({"loss_type": "aot", "use_pair_weights": True}, ["'use_pair_weights'", "aot"]),

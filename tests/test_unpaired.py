@@ -1,0 +1,381 @@
+"""Unpaired data: kto and apo_zero_unpaired, from rows with a label to the weights, against TRL's
+KTOTrainer; what a mismatched response is; and what is refused."""
+
+import collections
+import contextlib
+import copy
+import functools
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.data import TokenizedPairs, tokenize_pairs
+from fastdpo.data_pairs import unpaired, with_mismatches
+from fastdpo.errors import ConfigError, DataError
+from fastdpo.losses import REGISTRY, PairLogps
+from tests.test_parity_trl import LOGPS_ATOL, MOVE_RTOL, RTOL, SHARED, compare_weights, trainable
+from tests.tiny import tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
+
+trl = pytest.importorskip("trl", minversion="1.16", reason="the peer to compare with")
+Dataset = pytest.importorskip("datasets").Dataset
+
+N_STEPS, STEP = 4, 4
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch) -> None:
+    """Curves are drawn after every run; here that would be most of the time."""
+    monkeypatch.setattr("fastdpo.trainer.plot_curves", lambda *args: None)
+
+
+def rows_of(kind: str, n: int = N_STEPS * STEP + 5) -> list[dict]:
+    """Plain examples, about two in three desirable; or conversational pairs, to be unpaired."""
+    source = tiny_chat_rows if kind == "chat pairs" else tiny_rows
+    rows = source(n, seed=3, pairs_per_prompt=1)
+    if kind == "chat pairs":
+        return rows
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["rejected" if i % 3 == 1 else "chosen"],
+            "label": i % 3 != 1,
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+# ---- the losses, on random log-probs -----------------------------------------------------------
+
+
+class Answers(nn.Module):
+    """Stands for a model with TRL's fused head: token log-probs [B, L - 1] by call, in turn."""
+
+    def __init__(self, *log_probs: torch.Tensor):
+        super().__init__()
+        self.log_probs = itertools.cycle(log_probs)
+
+    def forward(self, **kwargs: Any) -> SimpleNamespace:
+        log_probs = next(self.log_probs)
+        zeros = torch.zeros_like(log_probs)
+        return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros)
+
+
+def theirs(options: dict, labels, policy, ref, kl, ref_kl):
+    """TRL's KTO loss of summed log-probs [B] and its metrics."""
+    tokens = [values[:, None] for values in (kl, policy, ref_kl, ref)]
+    reads_kl = options["loss_type"] == "kto"
+    self: Any = SimpleNamespace(
+        **options,
+        model=nn.Module(),
+        ref_model=Answers(*(tokens[2:] if reads_kl else tokens[3:])),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        calculate_KL=reads_kl,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _metrics={"train": collections.defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    self._compute_kl_logps = functools.partial(trl.KTOTrainer._compute_kl_logps, self)
+    two = torch.ones(len(labels), 2, dtype=torch.long)
+    completion = torch.tensor([[0, 1]]).expand(len(labels), 2)
+    names = ("input_ids", "attention_mask", "KL_input_ids", "KL_attention_mask")
+    batch = dict.fromkeys(names, two)
+    batch |= {"completion_mask": completion, "KL_completion_mask": completion, "label": labels}
+    with pytest.MonkeyPatch.context() as patch:
+        where = f"{trl.KTOTrainer.__module__}.disable_gradient_checkpointing"
+        patch.setattr(where, lambda *args: contextlib.nullcontext())
+        model: Any = Answers(*(tokens[:2] if reads_kl else tokens[1:2]))
+        loss = trl.KTOTrainer._compute_loss(self, model, batch, False)
+    return loss, {name: values[-1] for name, values in self._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_losses_are_trls_on_random_log_probs(loss_type, seed):
+    """Value and gradient in fp64, with a KL baseline above 0 and one that is clamped to it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.rand(7, generator=generator) < (0.0 if seed == 4 else 1.0 if seed == 5 else 0.5)
+    values = -20 * torch.rand(4, 7, generator=generator, dtype=torch.float64)
+    policy, ref, kl, ref_kl = values.unbind()
+    kl = kl + (9.0 if seed % 2 else -9.0)
+    options = {"beta": 0.3, "desirable_weight": 1.4, "undesirable_weight": 0.6}
+    leaf = policy.clone().requires_grad_()
+    expected, metrics = theirs({**options, "loss_type": loss_type}, labels, leaf, ref, kl, ref_kl)
+    (slope,) = torch.autograd.grad(expected, leaf)
+    ones = torch.ones(7, dtype=torch.float64)
+    mine, mismatched = policy.clone().requires_grad_(), kl.clone().requires_grad_()
+    logps = PairLogps(
+        mine, mismatched, ref, ref_kl, ones, ones, -mine, ones[0], desirable=labels.double()
+    )
+    loss = REGISTRY[loss_type].fn(logps, **options).mean()
+    found = torch.autograd.grad(loss, (mine, mismatched), allow_unused=True)
+    assert (metrics["kl"] > 0) == (loss_type == "kto" and seed % 2 == 1)
+    # Ten operations on numbers of size 1 in fp64.
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-13)
+    torch.testing.assert_close(found[0], slope, rtol=1e-12, atol=1e-15)
+    assert found[1] is None or not found[1].any()  # the baseline is a constant
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+
+
+def run(kind: str, tmp_path, rows: list[dict], tokenizer, **options):
+    """(trainer, its weights before the first step)."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path / kind),
+        "per_device_train_batch_size": STEP,
+        "gradient_checkpointing": False,
+        **SHARED,
+        "max_steps": N_STEPS,
+        "beta": 0.5,
+        "max_length": 40,  # cuts some responses and drops some prompts
+        **options,
+    }
+    policy = tiny_llama(vocab_size=len(tokenizer))
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():  # another model, so that the baseline is not 0 from the start
+        reference.lm_head.weight *= 1.1
+    start = trainable(policy)
+    if kind == "trl":
+        config, trainer_class = trl.KTOConfig(**arguments), trl.KTOTrainer
+    else:
+        config = DPOConfig(**arguments, log_token_stats=True)
+        trainer_class = DPOTrainer
+    trainer = trainer_class(
+        model=policy,
+        ref_model=reference,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer, start
+
+
+CASES = {
+    "kto": {"loss_type": "kto", "desirable_weight": 0.8, "undesirable_weight": 1.5},
+    "kto pairs": {"loss_type": "kto", "kind": "chat pairs"},
+    "apo": {"loss_type": "apo_zero_unpaired", "undesirable_weight": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_run_as_trl(tmp_path, case):
+    options: dict[str, Any] = dict(CASES[case])
+    kind = options.pop("kind", "plain")
+    tokenizer = tiny_tokenizer(bos=False, chat=kind != "plain")
+    # So few pairs that a step holds examples of both labels: first come all chosen responses.
+    rows = rows_of(kind, 9) if "pairs" in kind else rows_of(kind)
+    theirs, start = run("trl", tmp_path, rows, tokenizer, **options)
+    ours, _ = run("fastdpo", tmp_path, rows, tokenizer, **options)
+    assert ours.train_pairs is not None
+    logs = [[log for log in t.state.log_history if "loss" in log] for t in (ours, theirs)]
+    assert [len(of) for of in logs] == [N_STEPS, N_STEPS]
+    # The bounds of test_parity_trl.py: log-probs of 300 nat at most; rewards are beta times theirs.
+    reward = 4 * 0.5 * (LOGPS_ATOL + RTOL * 300)
+    names: set[str] = set()
+    for step, (mine, other) in enumerate(zip(*logs, strict=True), start=1):
+        compared = {"loss", "kl", "entropy", "grad_norm"} | {n for n in other if "/" in n}
+        for name in compared & other.keys():
+            atol = reward if name.split("/")[0] in ("rewards", "kl") else 1e-5
+            expected = pytest.approx(other[name], rel=10 * RTOL, abs=atol)
+            assert mine[name] == expected, (step, name)
+        names |= compared & other.keys()
+    assert {"kl", "rewards/margins", "logps/rejected", "logits/chosen", "entropy"} <= names
+    kls = [log["kl"] for log in logs[1]]
+    assert (max(kls) > 0.1) == (options["loss_type"] == "kto"), kls  # there is a baseline
+    weights, moved = compare_weights(trainable(ours.model), trainable(theirs.model), start)
+    assert moved > 1e-3 and weights < MOVE_RTOL * moved
+
+
+def train(tmp_path, rows=None, **options) -> DPOTrainer:
+    arguments: dict[str, Any] = {
+        **SHARED,
+        "output_dir": str(tmp_path),
+        "loss_type": "kto",
+        "per_device_train_batch_size": STEP,
+        "max_steps": 2,
+        "train_sampling_strategy": "random",
+        **options,
+    }
+    trainer = DPOTrainer(
+        model=tiny_llama(),
+        args=DPOConfig(**arguments),
+        train_dataset=rows or rows_of("plain"),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: DPOTrainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_references_before_training_and_cached_ones_serve_mismatches_too(tmp_path):
+    live = train(tmp_path / "a")
+    # The first-step check has held the policy to its reference; the loss is then sigmoid(0).
+    assert losses(live)[0] == pytest.approx(0.5, abs=1e-6)
+    # fp32 log-probs, summed in packs of other sizes.
+    assert losses(train(tmp_path / "b", precompute_ref_log_probs=True)) == pytest.approx(
+        losses(live), rel=1e-5
+    )
+    cache = {"ref_cache_dir": str(tmp_path / "cache")}
+    first = train(tmp_path / "c", **cache)
+    again = train(tmp_path / "d", desirable_weight=2.0, **cache)
+    done = again.precomputations["train"]
+    assert done.n_found == done.n_responses and losses(first)[1] == pytest.approx(losses(live)[1])
+    # Another step, other mismatches: only those are computed.
+    other = train(tmp_path / "e", per_device_train_batch_size=7, **cache)
+    done = other.precomputations["train"]
+    assert 0.5 * done.n_responses < done.n_found < done.n_responses
+
+
+def test_evaluation_takes_the_whole_set_as_one_step(tmp_path):
+    found = []
+    for size in (3, 100):
+        made = DPOTrainer(
+            model=tiny_llama(),
+            ref_model=tiny_llama(seed=1),
+            args=DPOConfig(
+                **{**SHARED, "output_dir": str(tmp_path), "loss_type": "kto"},
+                per_device_eval_batch_size=size,
+            ),
+            eval_dataset=rows_of("plain"),
+            processing_class=tiny_tokenizer(),
+        )
+        logs = made.evaluate()
+        found.append({k: v for k, v in logs.items() if "runtime" not in k and "second" not in k})
+    # Packs of other sizes, fp32.
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert {"eval_kl", "eval_rewards/margins"} <= found[0].keys()
+    assert "eval_rewards/accuracies" not in found[0]
+
+
+# ---- the data ----------------------------------------------------------------------------------
+
+
+def examples_of(rows: list[dict], **options) -> tuple[TokenizedPairs, Any]:
+    given = {"max_length": None, "mismatch_block": 4, "progress": False, **options}
+    return tokenize_pairs(rows, tiny_tokenizer(), number_columns=["label"], **given)
+
+
+@pytest.mark.parametrize(
+    "n, block, source",
+    [
+        (8, 4, [3, 0, 1, 2, 7, 4, 5, 6]),
+        (6, 4, [3, 0, 1, 2, 5, 4]),
+        (5, 4, [4, 0, 1, 2, 3]),  # not alone with its own response
+        (5, 9, [4, 0, 1, 2, 3]),
+        (3, 1, [0, 1, 2]),
+        (1, 4, [0]),
+    ],
+)
+def test_mismatched_responses_are_the_neighbours(n, block, source):
+    pairs = tiny_pairs(n)
+    found = with_mismatches(pairs, block, max_length=24)
+    for i in range(n):
+        room = 24 - len(pairs.prompt(i))
+        assert found.prompt(i).tolist() == pairs.prompt(i).tolist()
+        assert found.chosen(i).tolist() == pairs.chosen(i)[:room].tolist()
+        # The whole neighbour's response, cut for this prompt and not for its own.
+        assert found.rejected(i).tolist() == pairs.chosen(source[i])[:room].tolist()
+
+
+def test_pairs_become_examples_in_trls_order():
+    from trl.data_utils import unpair_preference_dataset
+
+    n = 1203  # more than one run of 1000
+    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}", "w": i} for i in range(n)]
+    expected = unpair_preference_dataset(Dataset.from_list(rows))
+    ids = [[i] for i in range(n)]
+    pairs = TokenizedPairs.from_lists(
+        ids, [[i + 10_000] for i in range(n)], [[i] for i in range(n)]
+    )
+    found = unpaired(
+        TokenizedPairs(pairs.ids, pairs.offsets, pairs.rows, {"w": np.arange(1.0 * n)})
+    )
+    assert [f"p{found.prompt(i)[0]}" for i in range(2 * n)] == expected["prompt"]
+    assert found.columns["label"].astype(bool).tolist() == expected["label"]
+    assert found.columns["w"].astype(int).tolist() == expected["w"] == found.rows.tolist()
+    texts = [
+        f"c{r - 10_000}" if r >= 10_000 else f"r{r}"
+        for r in (found.chosen(i)[0] for i in range(2 * n))
+    ]
+    assert texts == expected["completion"]
+
+
+def test_examples_and_their_report():
+    rows = rows_of("plain", 9)
+    for dataset in (rows, Dataset.from_list(rows)):
+        examples, report = examples_of(dataset)
+        assert examples.columns["label"].tolist() == [float(row["label"]) for row in rows]
+        assert (report.n_pairs, report.n_desirable, report.format) == (9, 6, "unpaired")
+        assert "9 rows -> 9 examples (6 desirable)" in report.lines()[0]
+        assert not report.unused_columns and report.n_without_eos == 0
+    short, report = examples_of(rows, max_length=24)
+    assert report.n_truncated_chosen and short.lengths[:, 1:].sum(1).max() < 48
+    assert (short.lengths[:, :1] + short.lengths[:, 1:]).max() == 24
+    assert any("24:" in line and "responses" in line for line in report.lines())
+    numbers, _ = examples_of([{**row, "label": int(row["label"])} for row in rows])
+    assert np.array_equal(numbers.columns["label"], examples.columns["label"])
+    paired, report = examples_of(tiny_rows(5))
+    assert len(paired) == 10 and report.n_desirable == 5
+    assert (
+        examples_of(rows, mismatch_block=1)[0].rejected(2).tolist() == examples.chosen(2).tolist()
+    )
+    only = [{**row, "label": True} for row in rows]
+    assert "undesirable 0 " in " ".join(examples_of(only)[1].lines())
+
+
+@pytest.mark.parametrize(
+    "change, options, parts",
+    [
+        ({"label": 2}, {}, ["row 2", "'label' is 2", "true or false"]),
+        ({"label": "yes"}, {}, ["row 2", "'label'", "'yes'"]),
+        ({"label": None}, {}, ["row 2", "'label' is None", "on_bad_row=drop"]),
+        ({"completion": "  "}, {}, ["row 2", "'completion' is empty"]),
+        ({"completion": 3}, {}, ["row 2", "'completion'", "int"]),
+        ({}, {"mismatch_block": None}, ["is unpaired", "use loss_type kto"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_rows_are_named(change, options, parts):
+    rows = rows_of("plain", 5)
+    rows[2] = {**rows[2], **change}
+    with pytest.raises(DataError) as caught:
+        examples_of(rows, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_bad_rows_can_be_dropped():
+    rows = rows_of("plain", 6)
+    rows[1] = {**rows[1], "completion": ""}
+    rows[2] = {**rows[2], "label": None}
+    examples, report = examples_of(rows, on_bad_row="drop")
+    assert examples.rows.tolist() == [0, 3, 4, 5]
+    assert (report.n_dropped_empty, report.n_dropped_none) == (1, 1)
+    assert examples.columns["label"].tolist() == [1, 1, 0, 1]
+
+
+def test_what_a_run_refuses(tmp_path):
+    with pytest.raises(ConfigError, match="kto.*same step.*1 example"):
+        train(tmp_path, per_device_train_batch_size=1)
+    assert train(tmp_path / "a", loss_type="apo_zero_unpaired", per_device_train_batch_size=1)
+    with pytest.raises(DataError, match="is unpaired.*loss_type kto"):
+        train(tmp_path / "b", loss_type="sigmoid")
+    with pytest.raises(DataError, match="no column 'label'"):
+        DPOTrainer(
+            model=tiny_llama(),
+            args=DPOConfig(**SHARED, output_dir=str(tmp_path), loss_type="kto"),
+            train_dataset=tiny_pairs(4),
+        )
