@@ -376,6 +376,6 @@ def test_what_a_run_refuses(tmp_path):
     with pytest.raises(DataError, match="no column 'label'"):
         DPOTrainer(
             model=tiny_llama(),
-            args=DPOConfig(**SHARED, output_dir=str(tmp_path), loss_type="kto"),
+            args=DPOConfig(**SHARED, output_dir=str(tmp_path), loss_type=["kto"]),
             train_dataset=tiny_pairs(4),
         )
