@@ -240,6 +240,12 @@ class TrainingOptions:
         "Margin that a pair must have: this times score_chosen - score_rejected, two columns.",
     )
 
+    router_aux_loss_coef: NonNegative | None = option(
+        None,
+        "Weight of a mixture of experts' load-balancing loss in training; by default the model's "
+        "own, 0 leaves it out. Steps of several packs then take a second forward pass.",
+    )
+
     # Reference
     reference: str = option(
         "auto",

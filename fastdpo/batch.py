@@ -60,11 +60,14 @@ class Pack:
     position_ids [T] int64: a response's start at its prompt's length; None in padded mode.
     layout: None in padded mode.
     predict: the gather of the N rows (of T, or of B * L) that predict the targets.
+    multiplicity [T] or [B, L] fp32: how many tokens of the 2P sequences one by one each row stands
+        for; 0 for padding.
     targets [N] int64; cu_responses [R + 1] int32: scored tokens of each response, in order.
     pairs [P, 2] int64: the chosen and the rejected response of each pair.
     pair_ids [P] (host): the pair's index in the TokenizedPairs.
     responses: R of (pair id, side), the first pair that has it; side 0 is chosen, 1 rejected.
-    max_seqlen: the longest sequence (prompt and response, without its last token).
+    max_seqlen: the longest sequence (prompt and response, without its last token unless it is laid
+        out too).
     n_tokens: tokens through the model, padding included. n_tokens_unshared: those of the 2P
         sequences one by one. n_tokens_padded: those of a [2P, longest] batch of whole sequences.
     columns: the dataset's own numbers for these pairs, [P] fp64 each.
@@ -75,6 +78,7 @@ class Pack:
     layout: PackLayout | None
     attention_mask: Tensor | None
     predict: RowGather
+    multiplicity: Tensor
     targets: Tensor
     cu_responses: Tensor
     pairs: Tensor
@@ -99,6 +103,7 @@ class Pack:
             layout=None if self.layout is None else self.layout.map_tensors(fn),
             attention_mask=None if self.attention_mask is None else fn(self.attention_mask),
             predict=self.predict.map_tensors(fn),
+            multiplicity=fn(self.multiplicity),
             targets=fn(self.targets),
             cu_responses=fn(self.cu_responses),
             pairs=fn(self.pairs),

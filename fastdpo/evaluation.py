@@ -15,12 +15,13 @@ from .batch import Pack
 from .config import DPOConfig
 from .data import TokenizedPairs
 from .errors import ConfigError
+from .logps import PackedOutput
 from .metrics import PreferenceMetrics
 from .objective import Objective, ScoredPack
 from .reference_logps import Reference
 from .steps import Packer, mean_chosen_length
 
-Score = Callable[[Pack, torch.Tensor | None], tuple[ScoredPack, torch.Tensor]]
+Score = Callable[[Pack, torch.Tensor | None], tuple[ScoredPack, PackedOutput]]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from .attention import registered_name, usable_backends
 from .batch import Pack
 from .errors import ConfigError, ModelError, did_you_mean
 from .packing import MODES
+from .router_loss import RouterSums, pack_router_sums
 from .rows import gather_rows
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ logger = logging.getLogger(__name__)
 
 class PackedOutput(NamedTuple):
     """token_logps [N]: fp32 (fp64 for an fp64 model), in nat, differentiable. stats: those asked
-    for, of each token's distribution."""
+    for, of each token's distribution. router: the pack's share in the router's loss, likewise."""
 
     token_logps: Tensor
     stats: TokenStats | None = None
+    router: RouterSums | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,14 @@ class PackedSettings:
 
 
 def packed_forward(
-    model: PreTrainedModel, pack: Pack, settings: PackedSettings, stats: Sequence[str] = ()
+    model: PreTrainedModel,
+    pack: Pack,
+    settings: PackedSettings,
+    stats: Sequence[str] = (),
+    router: bool = False,
 ) -> PackedOutput:
-    """Token log-probs [N] of the pack's targets, and the `stats` that `linear_logps` has."""
+    """Token log-probs [N] of the pack's targets, and the `stats` that `linear_logps` has; the
+    router's sums if asked for."""
     if (pack.layout is None) != (settings.mode == "padded"):
         kind = "padded" if pack.layout is None else "packed"
         raise ModelError(f"a {kind} batch for a model prepared for mode {settings.mode!r}")
@@ -87,32 +94,36 @@ def packed_forward(
             "rotary embedding changes for every token of the batch, so results would depend on "
             f"what is packed together; lower max_length to {settings.max_seqlen}"
         )
-    hidden = decoder_rows(model, pack)  # [T, D]
-    rows = gather_rows(hidden, pack.predict)  # [N, D]
+    output = decoder_output(model, pack, output_router_logits=True if router else None)
+    rows = gather_rows(output[0].flatten(0, 1), pack.predict)  # [N, D]
     logps, token_stats = head_logps(model, rows, pack.targets, settings, stats)
-    return PackedOutput(logps, token_stats)
+    sums = pack_router_sums(model, output, pack) if router else None
+    return PackedOutput(logps, token_stats, sums)
 
 
-def decoder_rows(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """The decoder's last hidden states, a row per token as laid out: [T, D], padded [B * L, D]."""
+def decoder_output(model: PreTrainedModel, pack: Pack, **kwargs: Any) -> Any:
+    """What the decoder gives for a pack; first its last hidden states [1, T, D], padded [B, L, D].
+
+    `kwargs` that are None are left out.
+    """
     decoder = decoder_of(model)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if pack.layout is None:
-        output = decoder(
-            input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
+        return decoder(
+            input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False, **kwargs
         )
-    else:
-        assert pack.position_ids is not None
-        # transformers hands a 4-D mask through as it is. Ours is never read: without it the decoder
-        # would build a [T, T] one, and read from the device whether `position_ids` restart.
-        unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=pack.input_ids.device)
-        output = decoder(
-            input_ids=pack.input_ids.unsqueeze(0),
-            position_ids=pack.position_ids.unsqueeze(0),
-            attention_mask=unread_mask,
-            pack_layout=pack.layout,
-            use_cache=False,
-        )
-    return output[0].flatten(0, 1)
+    assert pack.position_ids is not None
+    # transformers hands a 4-D mask through as it is. Ours is never read: without it the decoder
+    # would build a [T, T] one, and read from the device whether `position_ids` restart.
+    unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=pack.input_ids.device)
+    return decoder(
+        input_ids=pack.input_ids.unsqueeze(0),
+        position_ids=pack.position_ids.unsqueeze(0),
+        attention_mask=unread_mask,
+        pack_layout=pack.layout,
+        use_cache=False,
+        **kwargs,
+    )
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -324,11 +335,6 @@ def _refuse_unsupported(model: PreTrainedModel, mode: str) -> None:
                 "disable_dropout: true, attention_dropout 0 in the model's config, or "
                 "packing_mode: padded"
             )
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ModelError(
-            "the router loss of mixtures of experts isn't supported yet; set "
-            "output_router_logits=False in the model's config"
-        )
 
 
 def _bind(model: PreTrainedModel, settings: PackedSettings) -> None:
@@ -342,6 +348,7 @@ def _bind(model: PreTrainedModel, settings: PackedSettings) -> None:
         *args: Any,
         pack: Pack | None = None,
         token_stats: Sequence[str] = (),
+        router_sums: bool = False,
         **kwargs: Any,
     ) -> Any:
         if pack is None:
@@ -349,7 +356,7 @@ def _bind(model: PreTrainedModel, settings: PackedSettings) -> None:
         given = [name for name, value in kwargs.items() if value is not None]
         if args or given:
             raise TypeError(f"a pack holds all inputs; got {given or len(args)} more beside it")
-        return packed_forward(self, pack, settings, token_stats)
+        return packed_forward(self, pack, settings, token_stats, router_sums)
 
     forward._fastdpo_plain = plain  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

@@ -39,10 +39,17 @@ class PreferenceMetrics:
     responses of desirable and of undesirable examples.
     """
 
-    def __init__(self, device: torch.device, *, token_stats: bool = False, unpaired: bool = False):
-        self.token_stats, self.unpaired = token_stats, unpaired
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        token_stats: bool = False,
+        unpaired: bool = False,
+        router: bool = False,
+    ):
+        self.token_stats, self.unpaired, self.router = token_stats, unpaired, router
         n_columns = 2 + (2 + len(UNPAIRED_NAMES) if unpaired else len(NAMES))
-        n_columns += 2 + len(TOKEN_NAMES) if token_stats else 0
+        n_columns += router + (2 + len(TOKEN_NAMES) if token_stats else 0)
         self.sums = torch.zeros(2, n_columns, dtype=torch.float64, device=device)
 
     def add(self, loss: PackLoss, pack: Pack, stats: TokenStats | None) -> None:
@@ -52,7 +59,12 @@ class PreferenceMetrics:
         if self.token_stats:
             assert stats is not None
             columns += _token_columns(pack, stats, self.unpaired)
-        self.sums += torch.stack([column.double().sum() for column in columns])
+        self.sums[:, : len(columns)] += torch.stack([column.double().sum() for column in columns])
+
+    def add_router(self, loss: torch.Tensor, coefficient: float, n_pairs: int) -> None:
+        """Adds a step's router loss, for the `n_pairs` of this rank; it is part of `loss`."""
+        self.sums[:, -1] += n_pairs * loss
+        self.sums[:, 0] += n_pairs * coefficient * loss
 
     def read(self) -> dict[str, float]:
         """Means over all pairs of all ranks since the last reset; `loss` among them. One sync.
@@ -62,6 +74,7 @@ class PreferenceMetrics:
         loss, n_pairs, *sums = sum_over_ranks(self.sums[0].clone()).tolist()
         if n_pairs == 0:
             return {}
+        aux_loss = sums.pop() / n_pairs if self.router else None
         if self.unpaired:
             n_chosen, n_rejected, *sums = sums
             counts = (n_chosen, n_rejected, n_chosen, n_rejected, n_pairs)
@@ -71,6 +84,8 @@ class PreferenceMetrics:
                 means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         else:
             means = {name: value / n_pairs for name, value in zip(NAMES, sums, strict=False)}
+        if aux_loss is not None:
+            means["aux_loss"] = aux_loss
         if self.token_stats:
             n_chosen, n_rejected, *sums = sums[len(UNPAIRED_NAMES if self.unpaired else NAMES) :]
             counts = (n_chosen + n_rejected, n_chosen, n_rejected, n_chosen)

@@ -58,9 +58,9 @@ def _groups(pairs: TokenizedPairs, pair_ids: Iterable[int]) -> list[_Group]:
     return list(groups.values())
 
 
-def _input_length(prompt: int, response: int) -> int:
-    """Input tokens of one prompt and response: all but the response's last."""
-    return prompt + max(response - 1, 0)
+def _own_length(response: int, with_last: bool) -> int:
+    """Input tokens of a response: all but the last, which predicts nothing."""
+    return response if with_last else max(response - 1, 0)
 
 
 # ---- which pairs form a pack -----------------------------------------------------------------
@@ -73,25 +73,29 @@ def plan_packs(
     max_tokens: int,
     share_prompts: bool = True,
     padded: bool = False,
+    with_last: bool = False,
 ) -> list[list[int]]:
     """Splits `pair_ids` into few packs of at most `max_tokens` input tokens each, always the same.
 
     Best-fit decreasing over prompt groups (`share_prompts`; a group larger than a pack is split,
-    its prompt repeated) or over single pairs. `padded` counts rows times the longest row instead.
+    its prompt repeated) or over single pairs. `padded` counts rows times the longest row instead;
+    `with_last` counts responses' last tokens too.
     Within a pack the pairs keep the order of `pair_ids`. Raises `DataError` naming the row of a
     pair that exceeds `max_tokens` alone.
     """
     pair_ids = [int(i) for i in pair_ids]
     if padded:
-        return _plan_padded(pairs, pair_ids, max_tokens)
+        return _plan_padded(pairs, pair_ids, max_tokens, with_last)
     if share_prompts:
         items = [
             item
             for group in _groups(pairs, pair_ids)
-            for item in _split_group(pairs, pair_ids, group, max_tokens)
+            for item in _split_group(pairs, pair_ids, group, max_tokens, with_last)
         ]
     else:
-        items = [(_unshared_cost(pairs, i, max_tokens), [o]) for o, i in enumerate(pair_ids)]
+        items = [
+            (_unshared_cost(pairs, i, max_tokens, with_last), [o]) for o, i in enumerate(pair_ids)
+        ]
 
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free tokens, pack), ascending
@@ -112,20 +116,20 @@ def _too_large(pairs: TokenizedPairs, i: int, cost: int, max_tokens: int) -> Dat
     )
 
 
-def _unshared_cost(pairs: TokenizedPairs, i: int, max_tokens: int) -> int:
+def _unshared_cost(pairs: TokenizedPairs, i: int, max_tokens: int, with_last: bool) -> int:
     (group,) = _groups(pairs, [i])
-    cost = sum(_input_length(len(group.prompt), len(r)) for r in group.responses)
+    cost = sum(len(group.prompt) + _own_length(len(r), with_last) for r in group.responses)
     if cost > max_tokens:
         raise _too_large(pairs, i, cost, max_tokens)
     return cost
 
 
 def _split_group(
-    pairs: TokenizedPairs, pair_ids: list[int], group: _Group, max_tokens: int
+    pairs: TokenizedPairs, pair_ids: list[int], group: _Group, max_tokens: int, with_last: bool
 ) -> list[tuple[int, list[int]]]:
     """(tokens, places in `pair_ids`) of the pieces of a prompt group, each within `max_tokens`."""
     prompt = len(group.prompt)
-    costs = [max(len(r) - 1, 0) for r in group.responses]
+    costs = [_own_length(len(r), with_last) for r in group.responses]
     total = prompt + sum(costs)
     if total <= max_tokens:
         return [(total, [order for order, _, _ in group.pairs])]
@@ -145,12 +149,15 @@ def _split_group(
     return [(cost, sorted(orders)) for cost, orders, _ in pieces]
 
 
-def _plan_padded(pairs: TokenizedPairs, pair_ids: list[int], max_tokens: int) -> list[list[int]]:
+def _plan_padded(
+    pairs: TokenizedPairs, pair_ids: list[int], max_tokens: int, with_last: bool
+) -> list[list[int]]:
     """Longest pairs first, so that rows of one batch are of like length."""
     longest, n_rows = [], []
     for i in pair_ids:
         (group,) = _groups(pairs, [i])
-        longest.append(max(_input_length(len(group.prompt), len(r)) for r in group.responses))
+        own = max(_own_length(len(r), with_last) for r in group.responses)
+        longest.append(len(group.prompt) + own)
         n_rows.append(len(group.responses))
     packs: list[list[int]] = []
     length = rows = 0
@@ -175,15 +182,17 @@ class _Rows:
 
     ids: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
+    multiplicity: list[np.ndarray] = field(default_factory=list)
     kv: list[np.ndarray] = field(default_factory=list)
     q_lengths: list[int] = field(default_factory=list)
     k_lengths: list[int] = field(default_factory=list)
     predict: list[np.ndarray] = field(default_factory=list)
     n: int = 0
 
-    def append(self, ids: np.ndarray, start_position: int) -> np.ndarray:
-        """Lays `ids` down; returns their rows."""
+    def append(self, ids: np.ndarray, start_position: int, multiplicity: int) -> np.ndarray:
+        """Lays `ids` down, which stand for `multiplicity` tokens each; returns their rows."""
         self.ids.append(ids)
+        self.multiplicity.append(np.full(len(ids), multiplicity, np.float32))
         self.positions.append(np.arange(start_position, start_position + len(ids)))
         rows = np.arange(self.n, self.n + len(ids))
         self.n += len(ids)
@@ -196,36 +205,48 @@ class _Rows:
             self.kv.append(k_rows)
 
 
-def _lay_out(groups: list[_Group], share: bool) -> _Rows:
+def _lay_out(groups: list[_Group], share: bool, with_last: bool) -> _Rows:
     rows = _Rows()
     for group in groups:
         prompt_rows = None
-        for response in group.responses:
+        used = np.bincount([slot for _, *slots in group.pairs for slot in slots])  # by response
+        used *= [len(response) > 0 for response in group.responses]  # unpaired data's empty side
+        for response, uses in zip(group.responses, used.tolist(), strict=True):
             is_first = prompt_rows is None or not share
             if is_first:
-                prompt_rows = rows.append(group.prompt, 0)
+                stands_for = int(used.sum()) if share else uses
+                prompt_rows = rows.append(group.prompt, 0, stands_for)
             assert prompt_rows is not None
-            own = rows.append(response[:-1], len(group.prompt))
+            inputs = response if with_last else response[:-1]
+            own = rows.append(inputs, len(group.prompt), uses)
             keys = np.concatenate([prompt_rows, own])
             rows.segment(len(keys) if is_first else len(own), keys)
-            rows.predict.append(np.concatenate([prompt_rows[-1:], own])[: len(response)])
+            before = np.concatenate([prompt_rows[-1:], own[: _own_length(len(response), False)]])
+            rows.predict.append(before[: len(response)])
     if rows.n == 0:  # only single tokens without a prompt: one row that nobody reads keeps a graph
-        rows.segment(1, rows.append(np.zeros(1, np.int32), 0))
+        rows.segment(1, rows.append(np.zeros(1, np.int32), 0, 0))
     return rows
 
 
-def build_pack(pairs: TokenizedPairs, pair_ids: Sequence[int] | np.ndarray, *, mode: str) -> Pack:
+def build_pack(
+    pairs: TokenizedPairs,
+    pair_ids: Sequence[int] | np.ndarray,
+    *,
+    mode: str,
+    with_last: bool = False,
+) -> Pack:
     """Lays out the pairs `pair_ids` as one pack, on the host.
 
     `shared`: every prompt once. `unshared`: every response after its own copy of the prompt.
     `padded`: one row a response, padded at its right. An empty prompt leaves a response's first
-    token without a row that predicts it: that token is neither scored nor counted.
+    token without a row that predicts it: that token is neither scored nor counted. `with_last`
+    puts responses' last tokens through the model too, for losses of all tokens (router_loss.py).
     """
     if mode not in MODES:
         raise ConfigError(f"packing mode {mode!r} is none of {MODES}{did_you_mean(mode, MODES)}")
     pair_ids = np.array([int(i) for i in pair_ids], dtype=np.int64)
     groups = _groups(pairs, pair_ids.tolist())
-    rows = _lay_out(groups, share=mode == "shared")
+    rows = _lay_out(groups, share=mode == "shared", with_last=with_last)
 
     pair_responses = np.empty((len(pair_ids), 2), np.int64)
     owners, targets = [], []
@@ -237,22 +258,26 @@ def build_pack(pairs: TokenizedPairs, pair_ids: Sequence[int] | np.ndarray, *, m
     predict = _concatenate(rows.predict, np.int64)
     lengths = pairs.lengths[pair_ids]  # [P, 3]
     full = lengths[:, :1] + lengths[:, 1:]  # [P, 2]
-    inputs = lengths[:, :1] + np.maximum(lengths[:, 1:] - 1, 0)
+    inputs = full if with_last else lengths[:, :1] + np.maximum(lengths[:, 1:] - 1, 0)
     max_seqlen = max(rows.k_lengths)
 
     if mode == "padded":
         input_ids, attention_mask, predict = _pad(rows, predict, max_seqlen)
+        multiplicity = np.zeros(input_ids.shape, np.float32)
+        multiplicity[attention_mask.numpy() > 0] = _concatenate(rows.multiplicity, np.float32)
         position_ids = layout = None
     else:
         input_ids = _concatenate(rows.ids, np.int64)
         position_ids = torch.from_numpy(_concatenate(rows.positions, np.int64))
         attention_mask, layout = None, _layout(rows, max_seqlen)
+        multiplicity = _concatenate(rows.multiplicity, np.float32)
     return Pack(
         input_ids=torch.from_numpy(input_ids),
         position_ids=position_ids,
         layout=layout,
         attention_mask=attention_mask,
         predict=RowGather.plan(predict, input_ids.size),
+        multiplicity=torch.from_numpy(multiplicity),
         targets=torch.from_numpy(_concatenate(targets, np.int64)),
         cu_responses=torch.from_numpy(_cumulative([len(t) for t in targets])),
         pairs=torch.from_numpy(pair_responses),

@@ -31,6 +31,7 @@ from .reference_logps import (
     refuse_reference_options,
 )
 from .reference_sync import check_can_follow
+from .router_loss import RouterLoss, make_router_loss
 from .runtime import broadcast_from_rank_0
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,12 @@ class PackForward:
     def __call__(self, model: nn.Module, pack: Pack) -> torch.Tensor:
         return self.with_stats(model, pack, ()).token_logps
 
-    def with_stats(self, model: nn.Module, pack: Pack, stats: Sequence[str]) -> PackedOutput:
-        """token_logps [N] and those `stats` of `linear_logps`."""
+    def with_stats(
+        self, model: nn.Module, pack: Pack, stats: Sequence[str], router: bool = False
+    ) -> PackedOutput:
+        """token_logps [N], those `stats` of `linear_logps`, and the router's sums if asked for."""
         with self.autocast():
-            return model(pack=pack, token_stats=stats)
+            return model(pack=pack, token_stats=stats, router_sums=router)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Models:
     forward: PackForward
     packed: PackedForwardInfo
     packed_reference: PackedForwardInfo
+    router: RouterLoss | None
 
 
 def prepare_models(
@@ -110,12 +114,21 @@ def prepare_models(
     if reference.model is not policy:
         _place(reference.model, args.device)
         packed_reference = _bind(reference.model, args, forward, packed.mode)
+    with forward.autocast():
+        router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
+    if router is not None:
+        logger.info("router loss: %g times load balancing", router.coefficient)
     if args.gradient_checkpointing:
+        if router is not None and _kwargs_of(args).get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs use_reentrant: true loses the gradient of the "
+                "router's loss; leave it out, or set router_aux_loss_coef: 0"
+            )
         _checkpoint_activations(policy, {"use_reentrant": False, **_kwargs_of(args)})
     logger.info(
         "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
     )
-    return Models(policy, reference, forward, packed, packed_reference)
+    return Models(policy, reference, forward, packed, packed_reference, router)
 
 
 def open_reference_cache(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .batch import Pack
 from .data import TokenizedPairs
 from .errors import ModelError
-from .logps import PackedSettings, decoder_of, decoder_rows, head_logps
+from .logps import PackedSettings, decoder_of, decoder_output, head_logps
 from .packing import build_pack
 from .rows import gather_rows
 
@@ -78,7 +78,8 @@ class Probe:
             pack = replace(pack, layout=replace(pack.layout, trace=[]))
         try:
             with _undisturbed(self.model):
-                rows = gather_rows(decoder_rows(self.model, pack), pack.predict)  # [N, D]
+                hidden = decoder_output(self.model, pack)[0].flatten(0, 1)
+                rows = gather_rows(hidden, pack.predict)  # [N, D]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code: whatever it raises, it can't run this pack

@@ -25,18 +25,20 @@ class Packer:
     """Packs in the mode that the model takes, of at most `max_tokens` tokens, on `device`.
 
     max_seqlen: the longest sequence that the model's rotary embedding takes in a pack, if bounded.
+    with_last: whether responses' last tokens, which predict nothing, go through the model too.
     """
 
     mode: str
     max_tokens: int
     device: torch.device
     max_seqlen: int | None = None
+    with_last: bool = False
 
     def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
         """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
         if self.max_seqlen is not None and len(pair_ids):
             lengths = pairs.lengths[pair_ids]
-            longest = lengths[:, 0] + lengths[:, 1:].max(axis=1) - 1  # a last token is no input
+            longest = lengths[:, 0] + lengths[:, 1:].max(axis=1) - (not self.with_last)
             worst = int(longest.argmax())
             if longest[worst] > self.max_seqlen:
                 raise DataError(
@@ -50,6 +52,7 @@ class Packer:
             max_tokens=self.max_tokens,
             share_prompts=self.mode == "shared",
             padded=self.mode == "padded",
+            with_last=self.with_last,
         )
 
     def packs(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> Iterator[Pack]:
@@ -59,7 +62,7 @@ class Packer:
 
     def pack(self, pairs: TokenizedPairs, pair_ids: list[int]) -> Pack:
         """One pack of a plan, on the device."""
-        pack = build_pack(pairs, pair_ids, mode=self.mode)
+        pack = build_pack(pairs, pair_ids, mode=self.mode, with_last=self.with_last)
         if self.device.type == "cuda":
             pack = pack.pin_memory().to(self.device, non_blocking=True)
         return pack

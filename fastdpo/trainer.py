@@ -33,6 +33,7 @@ from .config import DPOConfig
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
 from .first_step import check_first_step
+from .logps import PackedOutput
 from .metrics import TOKEN_STATS, PackStats, PreferenceMetrics
 from .model import (
     base_model,
@@ -49,6 +50,7 @@ from .reference_cache import ReferenceCache
 from .reference_logps import LiveReference, evaluating
 from .reference_sync import follow
 from .report import plot_curves
+from .router_loss import router_grad, router_loss, step_router_sums
 from .run_data import References, by_name, needs_tokenizer, tokenized
 from .run_log import MetricsFile, RunLog
 from .runtime import make_deterministic, sum_gradients_over_ranks
@@ -119,11 +121,13 @@ class DPOTrainer:
         )
         self.model, self.packed_forward = models.policy, models.packed
         self._forward, self._reference_name = models.forward, models.reference.name
+        self.router = models.router
         self.packer = Packer(
             models.packed.mode,
             self.args.max_tokens_per_pack,
             self.device,
             models.packed.max_seqlen,
+            with_last=self.router is not None,  # its loss is one of all tokens
         )
         read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
@@ -157,31 +161,33 @@ class DPOTrainer:
             self.optimizer,
             self.lr_scheduler,
         )
-        self.metrics = self._new_metrics()
+        self.metrics = self._new_metrics(router=self.router is not None)
         self.run_log = RunLog(self.device)
         self.metrics_file: MetricsFile | None = None
         self.control = self._event("on_init_end")
 
     # ---- the training step ------------------------------------------------------------------
 
-    def _score(self, pack: Pack, reference: torch.Tensor | None) -> tuple[ScoredPack, torch.Tensor]:
-        """The policy on one pack: its log-probs apart from their graph, and with it [N]."""
+    def _score(self, pack: Pack, reference: torch.Tensor | None) -> tuple[ScoredPack, PackedOutput]:
+        """The policy on one pack: its log-probs apart from their graph, and the output with it."""
         stats = self.objective.stats + (TOKEN_STATS if self.args.log_token_stats else ())
-        output = self._forward.with_stats(self.model, pack, stats)
+        router = self.router is not None and self.model.training
+        output = self._forward.with_stats(self.model, pack, stats, router)
         scored = ScoredPack(pack, output.token_logps.detach(), reference, output.stats)
-        return scored, output.token_logps
+        return scored, output
 
     def _train_step(self, step: StepPacks) -> None:
         """Gradients of one step, summed over its packs and ranks, clipped, and applied."""
         assert self.optimizer is not None and self.lr_scheduler is not None
         references = self.train_reference.token_logps(step.packs)  # no graph
-        if self.objective.needs_whole_step and len(step.packs) > 1:
+        needs_whole_step = self.objective.needs_whole_step or self.router is not None
+        if needs_whole_step and len(step.packs) != 1:
             self._backward_in_two_passes(step, references)
         else:
             for pack, reference in zip(step.packs, references, strict=True):
-                scored, token_logps = self._score(pack, reference)
+                scored, output = self._score(pack, reference)
                 (loss,) = self.objective([scored], step.mean_chosen_length, grad=True)
-                self._backward(token_logps, loss, step)
+                self._backward(output, loss, step, self._router_grad([output], step))
                 self._count(scored, loss)
         self._check_first_step = False
         sum_gradients_over_ranks(self.trainable)
@@ -194,29 +200,57 @@ class DPOTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, token_logps: torch.Tensor, loss: PackLoss, step: StepPacks) -> None:
-        """Adds a pack's gradient: a sum over pairs, over the step's pairs, which makes the mean."""
+    def _backward(
+        self,
+        output: PackedOutput,
+        loss: PackLoss,
+        step: StepPacks,
+        router_grad: torch.Tensor | None,
+    ) -> None:
+        """Adds a pack's gradient: a sum over pairs, over the step's pairs, which makes the mean.
+
+        router_grad [E]: the step's, which its packs share.
+        """
         assert loss.token_grad is not None
-        token_logps.backward(loss.token_grad / step.n_pairs)
+        tensors, grads = [output.token_logps], [loss.token_grad / step.n_pairs]
+        if router_grad is not None:
+            assert output.router is not None
+            tensors.append(output.router.probs)
+            grads.append(router_grad.to(output.router.probs.dtype))
+        torch.autograd.backward(tensors, grads)
+
+    def _router_grad(self, outputs: Sequence[PackedOutput], step: StepPacks) -> torch.Tensor | None:
+        """d router loss / d a pack's router sums, from all packs of the step; counts the loss."""
+        if self.router is None:
+            return None
+        parts = [output.router for output in outputs if output.router is not None]
+        sums = step_router_sums(parts, self.router.n_experts, self.device)
+        n_pairs = sum(len(pack.pair_ids) for pack in step.packs)
+        self.metrics.add_router(router_loss(sums), self.router.coefficient, n_pairs)
+        return self.router.coefficient * router_grad(sums)
 
     def _backward_in_two_passes(
         self, step: StepPacks, references: Sequence[torch.Tensor | None]
     ) -> None:
-        """For a loss of the whole step: all packs' log-probs first, then each pack's gradient.
+        """For a loss of the whole step: all packs' outputs first, then each pack's gradient.
 
         Memory stays that of one pack; the price is a second forward pass.
         """
         rng = None if self.args.disable_dropout else ckpt.rng_state()  # one dropout in both passes
         with torch.no_grad():
-            scored = [
-                self._score(pack, reference)[0]
+            both = [
+                self._score(pack, reference)
                 for pack, reference in zip(step.packs, references, strict=True)
             ]
-        losses = self.objective(scored, step.mean_chosen_length, grad=True)
+        scored = [one for one, _ in both]
+        losses = self.objective(scored, step.mean_chosen_length, grad=True) if scored else []
+        router_grad = self._router_grad([output for _, output in both], step)
         if rng is not None:
             ckpt.set_rng_state(rng)
         for one, loss in zip(scored, losses, strict=True):
-            self._backward(self._forward(self.model, one.pack), loss, step)
+            router = router_grad is not None
+            output = self._forward.with_stats(self.model, one.pack, (), router)
+            self._backward(output, loss, step, router_grad)
             self._count(one, loss)
 
     def _count(self, scored: ScoredPack, loss: PackLoss) -> None:
@@ -421,9 +455,12 @@ class DPOTrainer:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _new_metrics(self) -> PreferenceMetrics:
+    def _new_metrics(self, router: bool = False) -> PreferenceMetrics:
         return PreferenceMetrics(
-            self.device, token_stats=self.args.log_token_stats, unpaired=self.objective.unpaired
+            self.device,
+            token_stats=self.args.log_token_stats,
+            unpaired=self.objective.unpaired,
+            router=router,
         )
 
     def _evaluate_and_track(self) -> dict[str, float]:

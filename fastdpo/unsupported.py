@@ -11,7 +11,6 @@ from .errors import ConfigError
 # TRL's options that fastdpo does not honour, with the value at which they ask for nothing.
 TRL_NEUTRAL: dict[str, Any] = {
     # DPOConfig
-    "router_aux_loss_coef": None,
     "padding_free": False,
     "pad_to_multiple_of": "auto",
     "precompute_ref_batch_size": None,

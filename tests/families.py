@@ -159,7 +159,8 @@ def table() -> str:
     """What README says of the families, as Markdown."""
     lines = ["| models | packs | tested with |", "|---|---|---|"]
     for family in SHARED:
-        special = ", ".join(filter(None, [family.special, "experts" * family.router]))
+        routed = "experts and their router loss" if family.router else ""
+        special = ", ".join(filter(None, [family.special, routed]))
         lines.append(f"| {family.name} | shared prompts | {special} |")
     reasons = dict.fromkeys(family.why for family in FALLBACKS)
     for why in reasons:

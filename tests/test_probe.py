@@ -135,12 +135,6 @@ def test_attention_dropout_is_refused() -> None:
     assert info.mode == "padded"  # the model's own attention applies it
 
 
-def test_a_router_loss_is_refused() -> None:
-    model = families.by_name("Mixtral").build(output_router_logits=True)
-    with pytest.raises(ModelError, match="output_router_logits=False"):
-        prepare_packed_forward(model)
-
-
 def test_an_adapter_on_the_head_is_refused() -> None:
     model: Any = tiny_llama()
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
