@@ -66,6 +66,8 @@ class Pack:
     pairs [P, 2] int64: the chosen and the rejected response of each pair.
     pair_ids [P] (host): the pair's index in the TokenizedPairs.
     responses: R of (pair id, side), the first pair that has it; side 0 is chosen, 1 rejected.
+    long_rows [T] or [B, L] bool: which rows belong to sequences of more than `rope_threshold`
+        tokens, whose rotary frequencies are others; None where there are none.
     max_seqlen: the longest sequence (prompt and response, without its last token unless it is laid
         out too).
     n_tokens: tokens through the model, padding included. n_tokens_unshared: those of the 2P
@@ -88,6 +90,8 @@ class Pack:
     n_tokens: int
     n_tokens_unshared: int
     n_tokens_padded: int
+    rope_threshold: int | None = None
+    long_rows: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -104,6 +108,7 @@ class Pack:
             attention_mask=None if self.attention_mask is None else fn(self.attention_mask),
             predict=self.predict.map_tensors(fn),
             multiplicity=fn(self.multiplicity),
+            long_rows=None if self.long_rows is None else fn(self.long_rows),
             targets=fn(self.targets),
             cu_responses=fn(self.cu_responses),
             pairs=fn(self.pairs),

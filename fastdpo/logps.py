@@ -24,6 +24,7 @@ from .attention import registered_name, usable_backends
 from .batch import Pack
 from .errors import ConfigError, ModelError, did_you_mean
 from .packing import MODES
+from .rotary import bind_rotary, rotary_bounds, with_long_rows
 from .router_loss import RouterSums, pack_router_sums
 from .rows import gather_rows
 
@@ -46,12 +47,14 @@ class PackedForwardInfo:
     mode: "shared", "unshared" or "padded". backend: the attention that runs packs; in padded mode
     the model's own. reason: why it is not shared packs on the preferred backend; None if it is.
     max_seqlen: the longest sequence that the model's rotary embedding takes in a pack, if bounded.
+    rope_threshold: the longest with its frequencies for short sequences, if it has others.
     """
 
     mode: str
     backend: str
     reason: str | None
-    max_seqlen: int | None
+    max_seqlen: int | None = None
+    rope_threshold: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class PackedSettings:
     logps_impl: str
     workspace_bytes: int
     max_seqlen: int | None
+    rope_threshold: int | None
 
 
 # ---- the forward -----------------------------------------------------------------------------
@@ -94,6 +98,13 @@ def packed_forward(
             "rotary embedding changes for every token of the batch, so results would depend on "
             f"what is packed together; lower max_length to {settings.max_seqlen}"
         )
+    threshold = settings.rope_threshold
+    if threshold is not None and pack.max_seqlen > threshold != pack.rope_threshold:
+        raise ModelError(
+            f"a sequence of {pack.max_seqlen} tokens for a model whose rotary embedding changes "
+            f"past {threshold}, in a pack built for {pack.rope_threshold}; pass "
+            "rope_threshold to build_pack"
+        )
     output = decoder_output(model, pack, output_router_logits=True if router else None)
     rows = gather_rows(output[0].flatten(0, 1), pack.predict)  # [N, D]
     logps, token_stats = head_logps(model, rows, pack.targets, settings, stats)
@@ -106,24 +117,22 @@ def decoder_output(model: PreTrainedModel, pack: Pack, **kwargs: Any) -> Any:
 
     `kwargs` that are None are left out.
     """
-    decoder = decoder_of(model)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if pack.layout is None:
-        return decoder(
-            input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False, **kwargs
-        )
-    assert pack.position_ids is not None
-    # transformers hands a 4-D mask through as it is. Ours is never read: without it the decoder
-    # would build a [T, T] one, and read from the device whether `position_ids` restart.
-    unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=pack.input_ids.device)
-    return decoder(
-        input_ids=pack.input_ids.unsqueeze(0),
-        position_ids=pack.position_ids.unsqueeze(0),
-        attention_mask=unread_mask,
-        pack_layout=pack.layout,
-        use_cache=False,
-        **kwargs,
-    )
+        kwargs |= {"input_ids": pack.input_ids, "attention_mask": pack.attention_mask}
+    else:
+        assert pack.position_ids is not None
+        # transformers hands a 4-D mask through as it is. Ours is never read: without it the decoder
+        # would build a [T, T] one, and read from the device whether `position_ids` restart.
+        unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=pack.input_ids.device)
+        kwargs |= {
+            "input_ids": pack.input_ids.unsqueeze(0),
+            "position_ids": pack.position_ids.unsqueeze(0),
+            "attention_mask": unread_mask,
+            "pack_layout": pack.layout,
+        }
+    with with_long_rows(pack.long_rows):
+        return decoder_of(model)(use_cache=False, **kwargs)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -192,25 +201,6 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
     return HeadTransform(scale, softcap or getattr(text, "logits_soft_cap", None))
 
 
-def rotary_max_seqlen(config: PretrainedConfig) -> int | None:
-    """The length past which rotary frequencies depend on the batch's longest row; None if never."""
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    by_layer_type = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    bounds = []
-    for rope in by_layer_type:
-        kind = rope.get("rope_type", "default")
-        if kind == "longrope":
-            bounds.append(
-                rope.get("original_max_position_embeddings")
-                or getattr(text, "original_max_position_embeddings", None)
-                or text.max_position_embeddings
-            )
-        elif "dynamic" in kind:
-            bounds.append(text.max_position_embeddings)
-    return min(bounds, default=None)
-
-
 # ---- binding it to a model -------------------------------------------------------------------
 
 
@@ -239,15 +229,18 @@ def prepare_packed_forward(
     _refuse_unsupported(model, mode)
     own_attention = _own_attention(model)
     head = head_transform(model.config)
-    max_seqlen = rotary_max_seqlen(model.config)
+    threshold, max_seqlen = rotary_bounds(model.config)
     plain = "sdpa" if _has_sdpa(model) else "eager"  # where calls without a pack go
 
     _unbind(model)
+    bind_rotary(model)
     set_attention(model, own_attention)
     probe = Probe(model)
     failures: dict[str, list[str]] = {}  # what is wrong -> with what
     for candidate, backend in _candidates(model, mode, attn_implementation, own_attention):
-        settings = PackedSettings(candidate, head, logps_impl, workspace_bytes, max_seqlen)
+        settings = PackedSettings(
+            candidate, head, logps_impl, workspace_bytes, max_seqlen, threshold
+        )
         is_padded = candidate == "padded"
         name = backend if is_padded else registered_name(backend, plain=plain)
         failure = set_attention(model, name) or probe.failure(settings)
@@ -268,7 +261,7 @@ def prepare_packed_forward(
         logger.warning(
             "%s runs %s %s with %s; not %s", model_type, candidate, kind, backend, reason
         )
-    return PackedForwardInfo(candidate, backend, reason, max_seqlen)
+    return PackedForwardInfo(candidate, backend, reason, max_seqlen, threshold)
 
 
 def _own_attention(model: PreTrainedModel) -> str:

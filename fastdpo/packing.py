@@ -63,6 +63,10 @@ def _own_length(response: int, with_last: bool) -> int:
     return response if with_last else max(response - 1, 0)
 
 
+def _is_long(length: int, rope_threshold: int | None) -> bool:
+    return rope_threshold is not None and length > rope_threshold
+
+
 # ---- which pairs form a pack -----------------------------------------------------------------
 
 
@@ -74,12 +78,13 @@ def plan_packs(
     share_prompts: bool = True,
     padded: bool = False,
     with_last: bool = False,
+    rope_threshold: int | None = None,
 ) -> list[list[int]]:
     """Splits `pair_ids` into few packs of at most `max_tokens` input tokens each, always the same.
 
     Best-fit decreasing over prompt groups (`share_prompts`; a group larger than a pack is split,
     its prompt repeated) or over single pairs. `padded` counts rows times the longest row instead;
-    `with_last` counts responses' last tokens too.
+    `with_last` and `rope_threshold` are `build_pack`'s.
     Within a pack the pairs keep the order of `pair_ids`. Raises `DataError` naming the row of a
     pair that exceeds `max_tokens` alone.
     """
@@ -90,7 +95,7 @@ def plan_packs(
         items = [
             item
             for group in _groups(pairs, pair_ids)
-            for item in _split_group(pairs, pair_ids, group, max_tokens, with_last)
+            for item in _split_group(pairs, pair_ids, group, max_tokens, with_last, rope_threshold)
         ]
     else:
         items = [
@@ -125,27 +130,38 @@ def _unshared_cost(pairs: TokenizedPairs, i: int, max_tokens: int, with_last: bo
 
 
 def _split_group(
-    pairs: TokenizedPairs, pair_ids: list[int], group: _Group, max_tokens: int, with_last: bool
+    pairs: TokenizedPairs,
+    pair_ids: list[int],
+    group: _Group,
+    max_tokens: int,
+    with_last: bool,
+    rope_threshold: int | None,
 ) -> list[tuple[int, list[int]]]:
     """(tokens, places in `pair_ids`) of the pieces of a prompt group, each within `max_tokens`."""
     prompt = len(group.prompt)
     costs = [_own_length(len(r), with_last) for r in group.responses]
-    total = prompt + sum(costs)
+    is_long = [_is_long(prompt + cost, rope_threshold) for cost in costs]
+
+    def cost_of(slots: Iterable[int]) -> int:  # those responses, and the prompt for each kind
+        slots = list(slots)
+        return sum(costs[s] for s in slots) + prompt * len({is_long[s] for s in slots})
+
+    total = cost_of(range(len(costs)))
     if total <= max_tokens:
         return [(total, [order for order, _, _ in group.pairs])]
 
     pieces: list[tuple[int, list[int], set[int]]] = []  # tokens, places, responses held
-    own_cost = {order: sum(costs[s] for s in {c, r}) for order, c, r in group.pairs}
+    own_cost = {order: cost_of({c, r}) for order, c, r in group.pairs}
     for order, chosen, rejected in sorted(group.pairs, key=lambda p: (-own_cost[p[0]], p[0])):
-        if prompt + own_cost[order] > max_tokens:
-            raise _too_large(pairs, pair_ids[order], prompt + own_cost[order], max_tokens)
-        for k, (cost, orders, held) in enumerate(pieces):
-            added = sum(costs[s] for s in {chosen, rejected} - held)
-            if cost + added <= max_tokens:
-                pieces[k] = (cost + added, [*orders, order], held | {chosen, rejected})
+        if own_cost[order] > max_tokens:
+            raise _too_large(pairs, pair_ids[order], own_cost[order], max_tokens)
+        for k, (_, orders, held) in enumerate(pieces):
+            cost = cost_of(held | {chosen, rejected})
+            if cost <= max_tokens:
+                pieces[k] = (cost, [*orders, order], held | {chosen, rejected})
                 break
         else:
-            pieces.append((prompt + own_cost[order], [order], {chosen, rejected}))
+            pieces.append((own_cost[order], [order], {chosen, rejected}))
     return [(cost, sorted(orders)) for cost, orders, _ in pieces]
 
 
@@ -183,15 +199,19 @@ class _Rows:
     ids: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
     multiplicity: list[np.ndarray] = field(default_factory=list)
+    is_long: list[np.ndarray] = field(default_factory=list)
     kv: list[np.ndarray] = field(default_factory=list)
     q_lengths: list[int] = field(default_factory=list)
     k_lengths: list[int] = field(default_factory=list)
     predict: list[np.ndarray] = field(default_factory=list)
     n: int = 0
 
-    def append(self, ids: np.ndarray, start_position: int, multiplicity: int) -> np.ndarray:
+    def append(
+        self, ids: np.ndarray, start_position: int, multiplicity: int, is_long: bool
+    ) -> np.ndarray:
         """Lays `ids` down, which stand for `multiplicity` tokens each; returns their rows."""
         self.ids.append(ids)
+        self.is_long.append(np.full(len(ids), is_long))
         self.multiplicity.append(np.full(len(ids), multiplicity, np.float32))
         self.positions.append(np.arange(start_position, start_position + len(ids)))
         rows = np.arange(self.n, self.n + len(ids))
@@ -205,26 +225,30 @@ class _Rows:
             self.kv.append(k_rows)
 
 
-def _lay_out(groups: list[_Group], share: bool, with_last: bool) -> _Rows:
+def _lay_out(
+    groups: list[_Group], share: bool, with_last: bool, rope_threshold: int | None
+) -> _Rows:
     rows = _Rows()
     for group in groups:
-        prompt_rows = None
+        n_prompt = len(group.prompt)
         used = np.bincount([slot for _, *slots in group.pairs for slot in slots])  # by response
         used *= [len(response) > 0 for response in group.responses]  # unpaired data's empty side
-        for response, uses in zip(group.responses, used.tolist(), strict=True):
-            is_first = prompt_rows is None or not share
+        lengths = [n_prompt + _own_length(len(r), with_last) for r in group.responses]
+        is_long = np.array([_is_long(length, rope_threshold) for length in lengths])
+        prompts: dict[bool, np.ndarray] = {}  # by kind of rotary frequencies
+        for slot, response in enumerate(group.responses):
+            kind, uses = bool(is_long[slot]), int(used[slot])
+            is_first = kind not in prompts or not share
             if is_first:
-                stands_for = int(used.sum()) if share else uses
-                prompt_rows = rows.append(group.prompt, 0, stands_for)
-            assert prompt_rows is not None
-            inputs = response if with_last else response[:-1]
-            own = rows.append(inputs, len(group.prompt), uses)
-            keys = np.concatenate([prompt_rows, own])
+                stands_for = int(used[is_long == kind].sum()) if share else uses
+                prompts[kind] = rows.append(group.prompt, 0, stands_for, kind)
+            own = rows.append(response[: lengths[slot] - n_prompt], n_prompt, uses, kind)
+            keys = np.concatenate([prompts[kind], own])
             rows.segment(len(keys) if is_first else len(own), keys)
-            before = np.concatenate([prompt_rows[-1:], own[: _own_length(len(response), False)]])
-            rows.predict.append(before[: len(response)])
+            before = [prompts[kind][-1:], own[: _own_length(len(response), False)]]
+            rows.predict.append(np.concatenate(before)[: len(response)])
     if rows.n == 0:  # only single tokens without a prompt: one row that nobody reads keeps a graph
-        rows.segment(1, rows.append(np.zeros(1, np.int32), 0, 0))
+        rows.segment(1, rows.append(np.zeros(1, np.int32), 0, 0, False))
     return rows
 
 
@@ -234,6 +258,7 @@ def build_pack(
     *,
     mode: str,
     with_last: bool = False,
+    rope_threshold: int | None = None,
 ) -> Pack:
     """Lays out the pairs `pair_ids` as one pack, on the host.
 
@@ -241,12 +266,13 @@ def build_pack(
     `padded`: one row a response, padded at its right. An empty prompt leaves a response's first
     token without a row that predicts it: that token is neither scored nor counted. `with_last`
     puts responses' last tokens through the model too, for losses of all tokens (router_loss.py).
+    Sequences of more than `rope_threshold` tokens share no prompt with shorter ones (rotary.py).
     """
     if mode not in MODES:
         raise ConfigError(f"packing mode {mode!r} is none of {MODES}{did_you_mean(mode, MODES)}")
     pair_ids = np.array([int(i) for i in pair_ids], dtype=np.int64)
     groups = _groups(pairs, pair_ids.tolist())
-    rows = _lay_out(groups, share=mode == "shared", with_last=with_last)
+    rows = _lay_out(groups, mode == "shared", with_last, rope_threshold)
 
     pair_responses = np.empty((len(pair_ids), 2), np.int64)
     owners, targets = [], []
@@ -260,11 +286,16 @@ def build_pack(
     full = lengths[:, :1] + lengths[:, 1:]  # [P, 2]
     inputs = full if with_last else lengths[:, :1] + np.maximum(lengths[:, 1:] - 1, 0)
     max_seqlen = max(rows.k_lengths)
+    is_long = _concatenate(rows.is_long, np.bool_)
 
     if mode == "padded":
         input_ids, attention_mask, predict = _pad(rows, predict, max_seqlen)
         multiplicity = np.zeros(input_ids.shape, np.float32)
-        multiplicity[attention_mask.numpy() > 0] = _concatenate(rows.multiplicity, np.float32)
+        real = attention_mask.numpy() > 0
+        multiplicity[real] = _concatenate(rows.multiplicity, np.float32)
+        by_row = np.zeros(input_ids.shape, np.bool_)
+        by_row[real] = is_long
+        is_long = by_row | by_row[:, :1]  # a row's padding is of its kind
         position_ids = layout = None
     else:
         input_ids = _concatenate(rows.ids, np.int64)
@@ -287,6 +318,8 @@ def build_pack(
         n_tokens=input_ids.size,
         n_tokens_unshared=int(inputs.sum()),
         n_tokens_padded=int(full.size * full.max(initial=0)),
+        rope_threshold=rope_threshold,
+        long_rows=torch.from_numpy(is_long) if is_long.any() else None,
         columns={name: torch.from_numpy(of[pair_ids]) for name, of in pairs.columns.items()},
     )
 

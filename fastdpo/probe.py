@@ -22,6 +22,7 @@ from .data import TokenizedPairs
 from .errors import ModelError
 from .logps import PackedSettings, decoder_of, decoder_output, head_logps
 from .packing import build_pack
+from .rotary import rotary_bounds
 from .rows import gather_rows
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -43,7 +44,9 @@ class Probe:
             self.hidden, self.logps, self.largest_logit = self._plain_forwards()
 
     def _pack(self, mode: str) -> Pack:
-        return build_pack(self.pairs, range(len(self.pairs)), mode=mode)
+        threshold, _ = rotary_bounds(self.model.config)
+        ids = range(len(self.pairs))
+        return build_pack(self.pairs, ids, mode=mode, rope_threshold=threshold)
 
     def _plain_forwards(self) -> tuple[Tensor, Tensor, float]:
         model = self.model

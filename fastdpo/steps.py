@@ -26,6 +26,7 @@ class Packer:
 
     max_seqlen: the longest sequence that the model's rotary embedding takes in a pack, if bounded.
     with_last: whether responses' last tokens, which predict nothing, go through the model too.
+    rope_threshold: sequences longer than this get other rotary frequencies, if there are any.
     """
 
     mode: str
@@ -33,6 +34,7 @@ class Packer:
     device: torch.device
     max_seqlen: int | None = None
     with_last: bool = False
+    rope_threshold: int | None = None
 
     def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
         """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
@@ -53,6 +55,7 @@ class Packer:
             share_prompts=self.mode == "shared",
             padded=self.mode == "padded",
             with_last=self.with_last,
+            rope_threshold=self.rope_threshold,
         )
 
     def packs(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> Iterator[Pack]:
@@ -62,7 +65,13 @@ class Packer:
 
     def pack(self, pairs: TokenizedPairs, pair_ids: list[int]) -> Pack:
         """One pack of a plan, on the device."""
-        pack = build_pack(pairs, pair_ids, mode=self.mode, with_last=self.with_last)
+        pack = build_pack(
+            pairs,
+            pair_ids,
+            mode=self.mode,
+            with_last=self.with_last,
+            rope_threshold=self.rope_threshold,
+        )
         if self.device.type == "cuda":
             pack = pack.pin_memory().to(self.device, non_blocking=True)
         return pack

@@ -128,6 +128,7 @@ class DPOTrainer:
             self.device,
             models.packed.max_seqlen,
             with_last=self.router is not None,  # its loss is one of all tokens
+            rope_threshold=models.packed.rope_threshold,
         )
         read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")

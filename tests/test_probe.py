@@ -106,25 +106,6 @@ def test_the_probe_leaves_no_trace() -> None:
     assert "attn_implementation" not in model.config.to_dict()
 
 
-# ---- rotary embeddings that look at the longest row ---------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_sequences_past_the_rotary_threshold_are_refused(kind: str) -> None:
-    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
-    if kind == "longrope":
-        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-        rope |= {**factors, "original_max_position_embeddings": 40}
-    limit = 40 if kind == "longrope" else 48
-    model: Any = tiny_llama(rope_parameters=rope, max_position_embeddings=48)
-    assert prepare_packed_forward(model).max_seqlen == limit
-    pairs = tiny_pairs(1, prompt_lengths=(30, 30), response_lengths=(5, 5))
-    model(pack=build_pack(pairs, [0], mode="shared"))
-    pairs = tiny_pairs(1, prompt_lengths=(30, 30), response_lengths=(20, 20))
-    with pytest.raises(ModelError, match=f"of 49 tokens: past {limit}.*max_length to {limit}"):
-        model(pack=build_pack(pairs, [0], mode="shared"))
-
-
 # ---- what is refused by name --------------------------------------------------------------------
 
 
