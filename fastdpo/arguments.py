@@ -192,7 +192,9 @@ class TrainingOptions:
     output_dir: str | None = option(None, "Folder for checkpoints, metrics and the result.")
     overwrite_output_dir: bool = option(False, "Start over in a folder that holds a run.")
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or true for the latest one in output_dir."
+        None,
+        "A checkpoint folder; true: the newest whole one in output_dir; auto: that one, or the "
+        "start where there is none. --resume for short.",
     )
     run_name: str | None = option(None, "Name of the run for trackers.")
 

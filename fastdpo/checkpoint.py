@@ -1,15 +1,15 @@
-"""Checkpoints and output folders: written whole or not at all, resumed bit for bit.
+"""Checkpoints: written whole or not at all, and found whole or passed over.
 
 A checkpoint is a folder `checkpoint-STEP`: the model or adapter in its library's own format, and
-`optimizer.pt`, `scheduler.pt`, `rng_state.pt`, `trainer_state.json`, `fastdpo_state.json`, and
-`reference.pt` where the reference moves with the policy.
+`optimizer.pt`, `scheduler.pt`, `moment.pt` (random number generators, sums), `trainer_state.json`,
+`reference.pt` where the reference moves with the policy, and the manifest `fastdpo_state.json`.
 """
 
 import hashlib
 import json
+import logging
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +20,20 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
+from . import __version__
 from .data import TokenizedPairs
 from .errors import CheckpointError
+from .run_folder import CHECKPOINT, checkpoints, put_in_place, remove, temporary
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "fastdpo_state.json"
-CONFIG_FILE = "resolved_config.yaml"
-METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
-# What a run leaves in its folder, beside checkpoints: overwriting deletes these and nothing else.
-OURS = re.compile(
-    r"resolved_config\.yaml|metrics\.jsonl|curves\.png|README\.md|chat_template\.jinja"
-    r"|adapter_(model\.safetensors|config\.json)|model.*\.safetensors(\.index\.json)?"
-    r"|(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.json|merges\.txt"
-)
+FORMAT = 1
+"""Of the folder and the manifest; one more where an older fastdpo could not read them."""
+
+
+class TornCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written, or not fastdpo's: an earlier one may be whole."""
 
 
 @dataclass
@@ -50,130 +49,148 @@ class ResumeState:
     reference: dict[str, Any] | None = None  # where it moves with the policy
 
 
-def prepare_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Makes `output_dir` ready for a fresh run, or refuses: nothing is overwritten unasked."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise CheckpointError(f"output_dir {str(output_dir)!r} is a file; choose another folder")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        entries = sorted(entry.name for entry in output_dir.iterdir())
-        probe = output_dir / ".fastdpo_write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"output_dir {str(output_dir)!r} can't be written: {error.strerror}; choose another"
-        ) from error
-    if resuming or not entries:
-        return
-    is_run = CONFIG_FILE in entries
-    if not overwrite or not is_run:
-        what = "an earlier run" if is_run else f"other files ({', '.join(entries[:3])}…)"
-        ways = (
-            "or resume it with resume_from_checkpoint, or replace it with overwrite_output_dir"
-            if is_run
-            else "overwrite_output_dir only replaces runs of fastdpo"
-        )
-        raise CheckpointError(
-            f"output_dir {str(output_dir)!r} already holds {what}; choose another folder, {ways}"
-        )
-    for entry in entries:
-        if CHECKPOINT.fullmatch(entry):
-            shutil.rmtree(output_dir / entry)
-        elif OURS.fullmatch(entry):
-            (output_dir / entry).unlink()
+# ---- finding ------------------------------------------------------------------------------------
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of `output_dir`, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if path.is_dir() and (match := CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+def candidates(output_dir: Path, resume: str | bool) -> list[Path]:
+    """The checkpoints that `resume` may mean, the first choice first.
 
-
-def find_checkpoint(output_dir: Path, resume: str | bool) -> Path:
-    """The checkpoint to resume: a path, or for True / "auto" / "true" the newest one."""
-    if resume is True or str(resume).lower() in ("auto", "true"):
-        found = checkpoints(output_dir)
-        if not found:
+    resume: a folder; True or "true": the newest whole one of `output_dir`; "auto": the same, or
+    none of them where `output_dir` holds none, to begin from the start.
+    """
+    word = str(resume).lower()
+    if word in ("auto", "true"):
+        found = checkpoints(output_dir)[::-1]
+        if not found and word == "true":
             raise CheckpointError(
-                f"nothing to resume: output_dir {str(output_dir)!r} holds no checkpoint-N folder"
+                f"nothing to resume: output_dir {str(output_dir)!r} holds no checkpoint-N folder; "
+                "resume 'auto' would begin from the start"
             )
-        return found[-1]
+        return found
     path = Path(str(resume))
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
-    if not (path / STATE_FILE).is_file():
+    if CHECKPOINT.fullmatch(path.name) is None and checkpoints(path):
         raise CheckpointError(
-            f"{str(path)!r} holds no {STATE_FILE}, so it is no checkpoint of fastdpo; to start "
-            "from its weights, pass it as the model"
+            f"{str(path)!r} is a run, not a checkpoint; name its {checkpoints(path)[-1].name}, or "
+            "set output_dir to it and resume 'auto'"
         )
-    return path
+    return [path]
+
+
+def load_newest(found: list[Path]) -> tuple[Path, ResumeState]:
+    """The first whole one of `found`, and what it holds; says which were passed over, and why."""
+    for place, folder in enumerate(found):
+        try:
+            return folder, load_checkpoint(folder)
+        except TornCheckpoint as error:
+            if place == len(found) - 1:
+                raise
+            logger.warning("%s", error)
+    raise CheckpointError("there is no checkpoint to resume")
+
+
+# ---- writing and reading ------------------------------------------------------------------------
 
 
 def save_checkpoint(
     folder: Path, state: ResumeState, save_model: Callable[[Path], None] | None
 ) -> None:
-    """Writes `folder` under a temporary name, syncs it, then renames it: whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Writes `folder` under a temporary name, syncs it, then renames it: whole or not there.
+
+    Raises `CheckpointError` where it can't be written (a full disk); then nothing is left of it.
+    """
+    draft = temporary(folder)
+    shutil.rmtree(draft, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        draft.mkdir(parents=True)
         if save_model is not None:
-            save_model(temporary)
-        torch.save(state.optimizer, temporary / "optimizer.pt")
-        torch.save(state.scheduler, temporary / "scheduler.pt")
-        torch.save({"rng": state.rng, "sums": state.sums}, temporary / "rng_state.pt")
+            save_model(draft)
+        torch.save(state.optimizer, draft / "optimizer.pt")
+        torch.save(state.scheduler, draft / "scheduler.pt")
+        torch.save({"rng": state.rng, "sums": state.sums}, draft / "moment.pt")
         if state.reference is not None:
-            torch.save(state.reference, temporary / "reference.pt")
-        state.trainer_state.save_to_json(str(temporary / "trainer_state.json"))
-        files = {path.name: _digest(path) for path in temporary.iterdir() if path.is_file()}
-        summary = {"identity": state.identity, "sha256": files}
-        (temporary / STATE_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-        _sync(temporary)
+            torch.save(state.reference, draft / "reference.pt")
+        state.trainer_state.save_to_json(str(draft / "trainer_state.json"))
+        manifest = {
+            "format": FORMAT,
+            "fastdpo": __version__,
+            "identity": state.identity,
+            "sha256": {
+                str(path.relative_to(draft)): _digest(path)
+                for path in sorted(draft.rglob("*"))
+                if path.is_file()
+            },
+        }
+        text = json.dumps({**manifest, "manifest": _digest_of(manifest)}, indent=2)
+        (draft / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        _sync(draft)
+        put_in_place(folder)
+        _sync_entry(folder.parent)
     except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {folder.name} could not be written: {error}; "
             "the earlier checkpoints are whole"
         ) from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    _sync_entry(folder.parent)
 
 
 def load_checkpoint(folder: Path) -> ResumeState:
-    """Reads what `save_checkpoint` wrote beside the weights, after checking every file's hash."""
+    """Reads what `save_checkpoint` wrote beside the weights, after checking every file's hash.
+
+    Raises `TornCheckpoint` where it is not whole or not fastdpo's, `CheckpointError` where a newer
+    fastdpo wrote it.
+    """
+    manifest = check_whole(folder)
+    moment = torch.load(folder / "moment.pt", weights_only=False)
+    reference = None
+    if "reference.pt" in manifest["sha256"]:
+        reference = torch.load(folder / "reference.pt", map_location="cpu")
+    return ResumeState(
+        trainer_state=TrainerState.load_from_json(str(folder / "trainer_state.json")),
+        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu"),
+        scheduler=torch.load(folder / "scheduler.pt", weights_only=False),
+        rng=moment["rng"],
+        sums=moment["sums"],
+        identity=manifest["identity"],
+        reference=reference,
+    )
+
+
+def check_whole(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, every file of which is as it was written."""
+    name = f"checkpoint {str(folder)!r}"
     try:
-        summary = json.loads((folder / STATE_FILE).read_text())
-        for name, digest in summary["sha256"].items():
-            if _digest(folder / name) != digest:
-                raise CheckpointError(
-                    f"checkpoint {str(folder)!r} is damaged: {name} is not what was written; "
-                    "resume an earlier checkpoint"
-                )
-        moment = torch.load(folder / "rng_state.pt", weights_only=False)
-        return ResumeState(
-            trainer_state=TrainerState.load_from_json(str(folder / "trainer_state.json")),
-            optimizer=torch.load(folder / "optimizer.pt", map_location="cpu"),
-            scheduler=torch.load(folder / "scheduler.pt", weights_only=False),
-            rng=moment["rng"],
-            sums=moment["sums"],
-            identity=summary["identity"],
-            reference=(
-                torch.load(folder / "reference.pt", map_location="cpu")
-                if "reference.pt" in summary["sha256"]
-                else None
-            ),
-        )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        manifest = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TornCheckpoint(
+            f"{name} holds no {STATE_FILE}, so it is no checkpoint of fastdpo; to start from its "
+            "weights, pass it as the model"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _torn(name, f"{STATE_FILE} can't be read ({error})") from error
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written, int) and written > FORMAT:
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} is incomplete: {error}; resume an earlier checkpoint"
-        ) from error
+            f"{name} has format {written}, written by fastdpo {manifest.get('fastdpo')}; this "
+            f"fastdpo {__version__} reads format {FORMAT}: update it, or use the checkpoint as "
+            "the model of a new run"
+        )
+    own = manifest.pop("manifest", None) if isinstance(manifest, dict) else None
+    if own is None or own != _digest_of(manifest):
+        raise _torn(name, f"{STATE_FILE} is not what was written")
+    for file, digest in manifest["sha256"].items():
+        try:
+            same = _digest(folder / file) == digest
+        except OSError as error:
+            raise _torn(name, f"{file} can't be read ({error.strerror})") from error
+        if not same:
+            raise _torn(name, f"{file} is not what was written")
+    return manifest
+
+
+def _torn(name: str, what: str) -> TornCheckpoint:
+    return TornCheckpoint(f"{name} is damaged: {what}; resume an earlier checkpoint")
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
@@ -185,11 +202,31 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path)
         shown = "; ".join(
             f"{key}: {saved.get(key)!r} then, {current.get(key)!r} now" for key in differing[:4]
         )
+        more = f"; and {', '.join(differing[4:])}" if len(differing) > 4 else ""
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} belongs to another run ({shown}"
-            f"{'; …' if len(differing) > 4 else ''}); restore them, or start afresh in another "
-            "output_dir with the checkpoint as the model"
+            f"checkpoint {str(folder)!r} belongs to another run ({shown}{more}); restore them, or "
+            "start afresh in another output_dir with the checkpoint as the model"
         )
+
+
+def rotate(output_dir: Path, limit: int | None, newest: Path, best: Path | None) -> None:
+    """Deletes checkpoints beyond `limit`, never the newest written nor the best: first those of
+    steps that this run has not reached again, then the oldest."""
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints(output_dir)
+    ahead = [path for path in found if _step(path) > _step(newest)]
+    order = [*ahead, *(path for path in found if path not in ahead)]
+    for path in [p for p in order if p not in (newest, best)][: max(0, len(found) - limit)]:
+        remove(path)
+
+
+def _step(path: Path) -> int:
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+# ---- contents -----------------------------------------------------------------------------------
 
 
 def fingerprint(pairs: TokenizedPairs) -> str:
@@ -199,15 +236,6 @@ def fingerprint(pairs: TokenizedPairs) -> str:
     for name, values in sorted(pairs.columns.items()):
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
-
-
-def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit`, never `keep` (the best one)."""
-    if limit is None or limit <= 0:
-        return
-    found = checkpoints(output_dir)
-    for path in [p for p in found[:-1] if p != keep][: max(0, len(found) - limit)]:
-        shutil.rmtree(path)
 
 
 def rng_state() -> dict[str, Any]:
@@ -233,10 +261,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            _sync_entry(path)
+        _sync_entry(path)
     _sync_entry(folder)
 
 

@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastDPOError as error:
         print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if hasattr(error, "status"):  # interrupts.Interrupted, which knows what is saved
+            print(f"fastdpo: {error}", file=sys.stderr)
+            return error.status  # pyright: ignore[reportAttributeAccessIssue]
         print("fastdpo: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `fastdpo train --help | head`
@@ -245,17 +248,20 @@ def run_train(script: ScriptArguments, model: ModelConfig, config: "DPOConfig") 
 
     Raises `FastDPOError` for what the user can mend; nothing is overwritten unasked.
     """
-    from . import checkpoint
+    from .checkpoint import candidates
+    from .run_folder import prepare_output_dir, tidy
 
     is_main = config.process_index == 0
     assert config.output_dir is not None
     output_dir = Path(config.output_dir)
     resume = config.resume_from_checkpoint
-    if resume:
-        checkpoint.find_checkpoint(output_dir, resume)
-    elif is_main and not config.overwrite_output_dir:
-        # Where it is set, the trainer clears the folder once all else is loaded.
-        checkpoint.prepare_output_dir(output_dir, resuming=False, overwrite=False)
+    if is_main:
+        tidy(output_dir)
+        if resume:
+            candidates(output_dir, resume)  # says no before any work
+        elif not config.overwrite_output_dir:
+            # Where it is set, the trainer clears the folder once all else is loaded.
+            prepare_output_dir(output_dir, resuming=False, overwrite=False)
 
     trainer = _make_trainer(script, model, config)
     trainer.train()
@@ -331,8 +337,8 @@ def _config_writer(*configs: Any) -> Any:
     that `fastdpo train resolved_config.yaml` is the same run."""
     from transformers import TrainerCallback
 
-    from .checkpoint import CONFIG_FILE
     from .config import to_plain, write_yaml
+    from .run_folder import CONFIG_FILE
 
     class ConfigWriter(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -343,7 +349,7 @@ def _config_writer(*configs: Any) -> Any:
 
 
 def _summary(output_dir: Path, steps: int, metrics: dict[str, float]) -> list[str]:
-    from .checkpoint import CONFIG_FILE, CURVES_FILE, METRICS_FILE
+    from .run_folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
     shown = {
         "loss": metrics.get("eval_loss"),

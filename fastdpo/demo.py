@@ -114,10 +114,10 @@ def _introduction() -> str:
 def run_demo(output_dir: Path, **overrides: Any) -> DemoResult:
     """Trains and measures; `overrides` replace entries of OPTIONS. Raises `FastDPOError`."""
     from .adapters import lora_config
-    from .checkpoint import prepare_output_dir
     from .cli import _config_writer, _show_progress, build_configs
     from .data import load_dataset_split
     from .model import load_model, load_tokenizer
+    from .run_folder import prepare_output_dir
     from .trainer import DPOTrainer
 
     _show_progress(logging.INFO)
@@ -231,7 +231,7 @@ def report_lines(result: DemoResult) -> list[str]:
 
 
 def _files() -> list[tuple[str, str]]:
-    from .checkpoint import CONFIG_FILE, CURVES_FILE, METRICS_FILE
+    from .run_folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
     return [
         ("adapter_model.safetensors", "the adapter; peft.PeftModel.from_pretrained loads it"),

@@ -5,6 +5,7 @@ How a checkpoint lies on disk is checkpoint.py's affair.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from .runtime import sum_over_ranks
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def identity(trainer: DPOTrainer) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def take(trainer: DPOTrainer) -> ckpt.ResumeState:
         sums={
             "metrics": sum_over_ranks(trainer.metrics.sums.clone()).cpu(),
             "packs": asdict(trainer.run_log.packs_of_all_ranks()),
+            "place": trainer.next_place(),
         },
         identity=identity(trainer),
         reference=reference_state(trainer.live_reference)
@@ -63,13 +67,13 @@ def take(trainer: DPOTrainer) -> ckpt.ResumeState:
     )
 
 
-def put_back(trainer: DPOTrainer, folder: Path) -> None:
-    """Makes the trainer what it was when it wrote the checkpoint `folder`.
+def put_back(trainer: DPOTrainer, found: list[Path]) -> None:
+    """Makes the trainer what it was when it wrote the first whole checkpoint of `found`.
 
     Raises `CheckpointError` where the checkpoint is another run's, or was not written to resume.
     """
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
-    saved = ckpt.load_checkpoint(folder)
+    folder, saved = ckpt.load_newest(found)
     ckpt.check_identity(saved.identity, identity(trainer), folder)
     if not saved.optimizer:
         raise CheckpointError(
@@ -88,6 +92,7 @@ def put_back(trainer: DPOTrainer, folder: Path) -> None:
             f"checkpoint {str(folder)!r} does not fit this model or optimizer: {error}"
         ) from error
     trainer.state = _fitted(saved.trainer_state, trainer)
+    trainer.place = tuple(saved.sums["place"])
     states: Any = trainer.state.stateful_callbacks or {}
     for stateful in _stateful(trainer):
         for name, value in states.get(type(stateful).__name__, {}).get("attributes", {}).items():
@@ -98,6 +103,7 @@ def put_back(trainer: DPOTrainer, folder: Path) -> None:
         if trainer.metrics_file is not None:
             trainer.metrics_file.rewrite(trainer.state.log_history)
     ckpt.set_rng_state(saved.rng)
+    logger.info("resumed from %s, at step %d", folder, trainer.state.global_step)
 
 
 def _fitted(state: TrainerState, trainer: DPOTrainer) -> TrainerState:

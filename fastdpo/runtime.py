@@ -39,6 +39,12 @@ def rank_of_ranks() -> tuple[int, int]:
     return 0, 1
 
 
+def wait_for_ranks() -> None:
+    """Returns once every rank is here."""
+    if rank_of_ranks()[1] > 1:
+        dist.barrier()
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks; `tensor` itself where there is one rank."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -6,6 +6,7 @@ checkpoints are each in a module of their own.
 """
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from .config import DPOConfig
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
 from .first_step import check_first_step
+from .interrupts import Interrupted, StopRequests
 from .logps import PackedOutput
 from .metrics import TOKEN_STATS, PackStats, PreferenceMetrics
 from .model import (
@@ -52,9 +54,12 @@ from .reference_sync import follow
 from .report import plot_curves
 from .router_loss import router_grad, router_loss, step_router_sums
 from .run_data import References, by_name, needs_tokenizer, tokenized
+from .run_folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE, prepare_output_dir, tidy
 from .run_log import MetricsFile, RunLog
-from .runtime import make_deterministic, sum_gradients_over_ranks
+from .runtime import make_deterministic, sum_gradients_over_ranks, wait_for_ranks
 from .steps import Packer, StepPacks, StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 class DPOTrainer:
@@ -164,6 +169,7 @@ class DPOTrainer:
         )
         self.metrics = self._new_metrics(router=self.router is not None)
         self.run_log = RunLog(self.device)
+        self.stop_requests = StopRequests()
         self.metrics_file: MetricsFile | None = None
         self.control = self._event("on_init_end")
 
@@ -265,18 +271,16 @@ class DPOTrainer:
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Trains until `max_steps` or `num_train_epochs`; returns steps, mean loss and rates.
 
-        `resume_from_checkpoint` is a checkpoint folder, or True for the newest in `output_dir`;
-        a resumed run equals the uninterrupted one bit for bit under the same conditions.
+        `resume_from_checkpoint` is a checkpoint folder, True for the newest whole one in
+        `output_dir`, or "auto" for that one if there is any; a resumed run equals the uninterrupted
+        one bit for bit under the same conditions. SIGTERM and SIGINT end it after the step in
+        hand with a checkpoint and `Interrupted`, a `KeyboardInterrupt`.
         """
         args = self.args
         if self.train_pairs is None:
             raise DataError("train() needs a train_dataset; this trainer was made without one")
-        asked = resume_from_checkpoint or args.resume_from_checkpoint
-        if args.process_index == 0:
-            ckpt.prepare_output_dir(
-                self.output_dir, resuming=bool(asked), overwrite=args.overwrite_output_dir
-            )
-        self.metrics_file = MetricsFile(self.output_dir / ckpt.METRICS_FILE)
+        found = self._open_output_dir(resume_from_checkpoint or args.resume_from_checkpoint)
+        self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         self.plan = StepPlan(self.train_pairs, args, self.packer)
         self.state.max_steps = self.plan.max_steps
         self.state.num_train_epochs = self.plan.n_epochs
@@ -288,67 +292,77 @@ class DPOTrainer:
             self.lr_scheduler = make_scheduler(self.optimizer, args, self.state.max_steps)
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
-        if asked:
-            resume.put_back(self, ckpt.find_checkpoint(self.output_dir, asked))
+        self.place = (0, 0)
+        if found:
+            resume.put_back(self, found)
         if args.process_index == 0:
-            args.save_yaml(self.output_dir / ckpt.CONFIG_FILE)
+            args.save_yaml(self.output_dir / CONFIG_FILE)
         self._check_first_step = (
             args.first_step_check
             and self.state.global_step == 0
             and self.train_reference.equals_initial_policy
         )
         self._grad_norm: torch.Tensor | None = None
-        self._saved_step = self.state.global_step if asked else -1
+        self._saved_step = self.state.global_step if found else -1
         self.model.train()
         self.control = self._event("on_train_begin")
         if args.eval_on_start and self.state.global_step == 0:
             self._evaluate_and_track()
         started, self._first_step = time.perf_counter(), self.state.global_step
         self.run_log.throughput.reset()
-        with tqdm(
+        progress = tqdm(
             total=self.state.max_steps,
             initial=self.state.global_step,
             unit="step",
             disable=args.disable_tqdm or not self.state.is_local_process_zero,
-        ) as self.run_log.bar:
-            epoch = self.state.global_step // self.plan.steps_per_epoch
+        )
+        with progress as self.run_log.bar, self.stop_requests:
             while self.state.global_step < self.state.max_steps:
-                self._train_epoch(epoch)
-                epoch += 1
-                if self.control.should_training_stop:
+                self._train_epoch()
+                if self.control.should_training_stop or self.place[0] == self.plan.n_epochs:
                     break
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
             load_weights(self.model, Path(self.state.best_model_checkpoint))
         return self._finish(time.perf_counter() - started)
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self) -> None:
         self.control = self._event("on_epoch_begin")
-        steps_per_epoch = self.plan.steps_per_epoch
-        done = self.state.global_step - epoch * steps_per_epoch  # a resumed epoch's share
-        for index, step in enumerate(self.plan.steps(epoch, skip=done), start=done + 1):
+        epoch, done = self.place
+        steps = self.plan.steps(epoch, skip=done)
+        for index, step in enumerate(steps, start=done + 1):
             self.control = self._event("on_step_begin")
             self._train_step(step)
             self.state.global_step += 1
+            self.place = (epoch, index)
             self._move_reference()
-            self.state.epoch = epoch + index / steps_per_epoch
+            self.state.epoch = epoch + index / self.plan.steps_per_epoch
             self.state.num_input_tokens_seen += step.stats.n_tokens
             self.run_log.add(step.stats)
             self.control = self._event("on_step_end")
             # What an epoch's end asks for belongs to its last step: one checkpoint holds both.
-            is_last = index == steps_per_epoch or self._stops
+            is_last = index == self.plan.steps_per_epoch or self._stops
             if is_last:
                 self.control = self._event("on_epoch_end")
+            logs = self.control.should_log
             self._log_evaluate_save()
-            if is_last:
-                return
-            if self._stops:  # an evaluation said so
+            self._end_if_asked(self.stop_requests.to_obey(self.device, agree=logs))
+            if not is_last and self._stops:  # an evaluation said so
                 self.control = self._event("on_epoch_end")
                 self._log_evaluate_save()
-                return
+            if is_last or self._stops:
+                break
+        self.place = (epoch + 1, 0)
 
     @property
     def _stops(self) -> bool:
         return self.control.should_epoch_stop or self.control.should_training_stop
+
+    def next_place(self) -> tuple[int, int]:
+        """(epoch, steps of it that are done), where a resumed run goes on."""
+        epoch, done = self.place
+        if done == self.plan.steps_per_epoch or self.control.should_epoch_stop:
+            return (epoch + 1, 0)
+        return (epoch, done)
 
     def _move_reference(self) -> None:
         """TR-DPO: every so many steps the reference takes a share of the policy."""
@@ -366,7 +380,6 @@ class DPOTrainer:
             self.control.should_save = metrics is not None and self._is_best
         if self.control.should_save:
             self._save_checkpoint()
-            self.control = self._event("on_save")
         self.run_log.throughput.pause(time.perf_counter() - began)
 
     def _finish(self, seconds: float) -> TrainOutput:
@@ -380,7 +393,7 @@ class DPOTrainer:
         self.model.eval()
         self.log(metrics)
         if self.state.is_world_process_zero:
-            plot_curves(self.output_dir / ckpt.METRICS_FILE, self.output_dir / ckpt.CURVES_FILE)
+            plot_curves(self.output_dir / METRICS_FILE, self.output_dir / CURVES_FILE)
         self.control = self._event("on_train_end")
         return TrainOutput(self.state.global_step, training_loss, metrics)
 
@@ -484,6 +497,23 @@ class DPOTrainer:
         folder = Path(output_dir or self.output_dir)
         saving.save_model(self.model, self.processing_class, folder)
 
+    def _open_output_dir(self, asked: str | bool | None) -> list[Path]:
+        """Makes the folder ready; the checkpoints to resume from, the first choice first."""
+        if self.args.process_index == 0:
+            tidy(self.output_dir)
+        wait_for_ranks()
+        found = ckpt.candidates(self.output_dir, asked) if asked else []
+        if asked and not found:
+            logger.info("%s holds no checkpoint: the run begins from the start", self.output_dir)
+        if self.args.process_index == 0:
+            prepare_output_dir(
+                self.output_dir,
+                resuming=bool(found),
+                overwrite=self.args.overwrite_output_dir,
+                restarting=bool(asked),
+            )
+        return found
+
     def _save_checkpoint(self) -> None:
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
@@ -492,11 +522,26 @@ class DPOTrainer:
             return
         self._saved_step = self.state.global_step
         state = resume.take(self)
-        if not self.state.is_world_process_zero:
+        if self.state.is_world_process_zero:
+            ckpt.save_checkpoint(folder, state, self.save_model)
+            best = self.state.best_model_checkpoint
+            limit = self.args.save_total_limit
+            ckpt.rotate(self.output_dir, limit, folder, Path(best) if best else None)
+        self.control = self._event("on_save")
+
+    def _end_if_asked(self, signal_number: int) -> None:
+        """Saves and raises `Interrupted` where a signal asked for it."""
+        if not signal_number:
             return
-        ckpt.save_checkpoint(folder, state, self.save_model)
-        best = self.state.best_model_checkpoint
-        ckpt.rotate(self.output_dir, self.args.save_total_limit, Path(best) if best else None)
+        self._save_checkpoint()
+        self.control = self._event("on_train_end")
+        way = "resume_from_checkpoint 'auto' goes on from there"
+        if self.args.save_only_model:
+            way = "save_only_model left out what a resume needs"
+        step = self.state.global_step
+        raise Interrupted(
+            signal_number, f"stopped after step {step}; {self.output_dir}/checkpoint-{step}: {way}"
+        )
 
     # ---- small things -----------------------------------------------------------------------
 

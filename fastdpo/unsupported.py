@@ -66,8 +66,9 @@ RENAMED = {
     "lr": "learning_rate",
 }
 
-# The newer name of an option that all supported releases of transformers have under the older.
+# Other names of options: shorter, or newer than the oldest supported release of transformers.
 ALIASES = {
+    "resume": "resume_from_checkpoint",
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
