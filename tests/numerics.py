@@ -162,16 +162,17 @@ def assert_logps_close(head: Head, actual: Tensor, **transform) -> None:
     assert worst <= 1, f"log-prob error is {worst:.2f} of its budget"
 
 
-def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **transform) -> None:
-    """Every element of every gradient within twice the error of an fp32-accumulate reference.
+def grad_budgets(
+    head: Head, oracle: Outcome, plain: Outcome, *, e_ulp: float = 0.0, **transform
+) -> dict[str, Tensor]:
+    """Every element of every gradient: twice the error of an fp32-accumulate reference (`plain`).
 
     A gradient is a sum of c_nv x over v or n, with c = g dlogp/dz, so that sum_v |c_nv| is
     2 |g| (1 - p_y). Each c errs relatively by the error of its logit (half the log-prob budget) and
-    a few roundings; the sum then by that times sum |c| max |x|, whatever cancels in it. Results are
-    rounded to their dtype: once for weight and bias, twice for hidden (unscaled, then scaled).
-    `e_ulp`: relative rounding of c where an implementation stores it in 16 bits.
+    a few roundings; the sum then by that times sum |c| max |x|, whatever cancels in it. `e_ulp`:
+    relative rounding of c where an implementation stores it in 16 bits. The rounding of results is
+    not in it.
     """
-    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
     budget = logps_budget(head, oracle, plain, **transform)
     relative = budget / 2 + 8 * _half_ulp(head) + e_ulp  # [N]
     g, h, w = head.grad.double(), head.hidden.double(), head.weight.double()
@@ -181,17 +182,86 @@ def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **tra
     c = g * 2 * -torch.expm1(oracle.logps) * relative
     # Near p_y = 1 the oracle cancels, and is the less exact of the two: a few of its own ulps.
     c = (c + 4 * ULP[torch.float64] * g)[:, None]
-    budgets = {"d_hidden": c * w.abs().amax(0), "d_weight": (c * h).sum(0), "d_bias": c.sum()}
-    for name, scale in budgets.items():
-        got, want, near = (getattr(o, name) for o in (actual, oracle, plain))
+    least = {"d_hidden": c * w.abs().amax(0), "d_weight": (c * h).sum(0), "d_bias": c.sum()}
+    budgets = {}
+    for name, scale in least.items():
+        want, near = getattr(oracle, name), getattr(plain, name)
+        if want is not None:
+            budgets[name] = 2 * torch.maximum((near - want).abs(), scale)
+    return budgets
+
+
+def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **transform) -> None:
+    """Within `grad_budgets`, and the rounding of the results to their dtype: once for weight and
+    bias, twice for hidden (unscaled, then scaled)."""
+    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    for name, budget in grad_budgets(head, oracle, plain, e_ulp=e_ulp, **transform).items():
+        got, want = getattr(actual, name), getattr(oracle, name)
         if got is None:
             continue
         assert torch.isfinite(got).all(), name
         roundings = 2 if name == "d_hidden" else 1
         rounding = roundings * (ULP[got.dtype] / 2 * want.abs() + torch.finfo(got.dtype).tiny)
-        allowed = 2 * torch.maximum((near - want).abs(), scale) + rounding
-        worst = _worst((got.double() - want).abs() / allowed)
+        worst = _worst((got.double() - want).abs() / (budget + rounding))
         assert worst <= 1, f"{name} error is {worst:.2f} of its budget"
+
+
+def assert_adapter_close(
+    op, n: int, d: int, v: int, r: int, *, scaling: float = 1.7, e_ulp: float = 0.0,
+    dtype: torch.dtype = torch.float32, bias: bool = False, ignored: float = 0.0,
+    stats: Sequence[str] = STATS, **options,
+) -> None:  # fmt: skip
+    """`linear_logps` with a LoRA adapter of rank r on a frozen head, all it computes.
+
+    It is the head [W, B] on [hidden, u] with u = scaling hidden A^T, rounded as an operand is: so
+    that head's oracle and budgets hold, and go on through u to hidden and A by absolute values.
+    """
+    transform = {k: v for k, v in options.items() if k != "workspace_bytes"}
+    whole = peaked_head(n, d + r, v, dtype=dtype, bias=bias, ignored=ignored)
+    rng = torch.Generator().manual_seed(1)
+    a = (torch.randn(r, d, generator=rng) / d**0.5).to(dtype).requires_grad_()
+    hidden = whole.hidden[:, :d].contiguous().requires_grad_()
+    weight, b = (part.contiguous() for part in whole.weight.split([d, r], 1))
+    b.requires_grad_()
+    result = op(
+        hidden, weight, whole.targets, lora=(a, b, scaling), bias=whole.bias, stats=stats, **options
+    )
+    logps, found = result if stats else (result, None)
+    d_hidden, d_a, d_b = torch.autograd.grad(logps, (hidden, a, b), whole.grad.to(logps.dtype))
+
+    scaled = (scaling * a.detach()).to(dtype)
+    u = torch.nn.functional.linear(hidden.detach(), scaled)
+    joined = Head(
+        torch.cat([hidden.detach(), u], 1), whole.weight, whole.targets, whole.bias, whole.grad
+    )
+    assert_logps_close(joined, logps.detach(), **transform)
+    if found is not None:
+        assert_stats_close(joined, found, **transform)
+    oracle, plain = exact(joined, **transform), exact(joined, _wide(dtype), **transform)
+    budgets = grad_budgets(joined, oracle, plain, e_ulp=e_ulp, **transform)
+    half = ULP[dtype] / 2
+    # d hidden of [hidden, u] is rounded twice in its dtype, then again as part of a sum or result;
+    # sums over r or N of products of such numbers err by as many fp32 roundings.
+    slack = budgets["d_hidden"] + 3 * half * oracle.d_hidden.abs()
+    of_h, of_u = oracle.d_hidden.split([d, r], 1)
+    slack_h, slack_u = slack.split([d, r], 1)
+    sums = (n + r) * ULP[_wide(dtype)] / 2
+    steep, h = scaled.double(), hidden.detach().double()
+    h = h.masked_fill((whole.targets == -100)[:, None], 0)
+    through = of_u @ steep
+    rough = half + sums
+    expected = {
+        "hidden": (d_hidden, of_h + through, slack_h + slack_u @ steep.abs()
+                   + rough * (of_u.abs() @ steep.abs() + of_h.abs() + through.abs())),
+        "A": (d_a, scaling * (of_u.mT @ h), abs(scaling) * (
+            slack_u.mT @ h.abs() + (rough + 2 * half) * (of_u.abs().mT @ h.abs()))),
+        "B": (d_b, oracle.d_weight[:, d:], budgets["d_weight"][:, d:]
+              + half * oracle.d_weight[:, d:].abs()),
+    }  # fmt: skip
+    for name, (got, want, allowed) in expected.items():
+        assert got.dtype == dtype
+        worst = _worst((got.double() - want).abs() / (allowed + torch.finfo(dtype).tiny))
+        assert worst <= 1, f"d {name} error is {worst:.2f} of its budget"
 
 
 def assert_stats_close(head: Head, stats: TokenStats, **transform) -> None:

@@ -44,9 +44,12 @@ POINTERS = {
     "cu_ptr": "*i32",
     "top1_ptr": "*i8",
 }
-OPERANDS = ("hidden_ptr", "weight_ptr", "bias_ptr", "dw_ptr", "grad_ptr")
+OPERANDS = ("hidden_ptr", "weight_ptr", "adapter_ptr", "bias_ptr", "dw_ptr", "grad_ptr")
 FLOATS = ("logit_scale", "cap", "slope", "beta", "label_smoothing")
-ALIGNED = ("D", "stride_hidden", "stride_weight", "stride_e", "stride_product")  # multiples of 16
+ALIGNED = (  # multiples of 16
+    "D", "d_weight", "stride_hidden", "stride_weight", "stride_adapter", "stride_e",
+    "stride_product",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         if scope == "quick" and (dtype == "fp32" or not full):
             continue
         no_bias = {} if full else {"bias_ptr": None}
+        no_adapter = {} if full else {"adapter_ptr": None}
         stats = ("entropy_ptr", "mean_ptr", "top1_ptr", "squares_ptr")
         no_stats = {} if full else dict.fromkeys(stats)
         flags = {"SOFTCAP": full}
@@ -137,7 +141,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "target logits" + tag, rows._target_logits_kernel,
-            {"BLOCK_N": 4, "BLOCK_K": 512} | flags | no_bias, dtype=dtype,
+            {"BLOCK_N": 4, "BLOCK_K": 512} | flags | no_bias | no_adapter, dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "row sums" + tag, rows._row_sums_kernel,
@@ -145,7 +149,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "hidden grad" + tag, rows._hidden_grad_kernel,
-            {"BLOCK_N": 8, "BLOCK_K": 256} | flags, dtype=dtype,
+            {"BLOCK_N": 8, "BLOCK_K": rows.GRAD_WIDTH[full]} | flags | no_adapter, dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "dW operand" + tag, rows._dw_operand_kernel,
@@ -161,7 +165,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
             | ({} if full else {"factor_ptr": None}), dtype=dtype,
         )  # fmt: skip
         width = 4 if dtype == "fp32" else 2
-        blocks = exact.BLOCKS[width] | flags | no_bias
+        blocks = exact.BLOCKS[width] | flags | no_bias | no_adapter
         yield Entry("exact sums" + tag, exact._exact_sums_kernel, blocks, exact.WARPS, dtype=dtype)
         more = {
             "BLOCK_D": exact.BLOCK_D[width],

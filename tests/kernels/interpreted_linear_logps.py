@@ -22,6 +22,7 @@ from fastdpo_kernels.tuning import Gemm, Variant
 from tests.kernels.interpreter import patch_once
 from tests.numerics import (
     Head,
+    assert_adapter_close,
     assert_grads_close,
     assert_logps_close,
     assert_stats_close,
@@ -174,16 +175,41 @@ def test_rows_far_below_with_everything_on():
     check(head, ALL_STATS, softcap=200.0)
 
 
-def test_the_exact_kernels_are_right_for_any_row(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("workspace", [2**20, 60_000], ids=["kept", "recomputed"])
+def test_an_adapter(dtype, workspace):
+    assert_adapter_close(
+        op, 45, 24, 200, 5, dtype=dtype, bias=True, ignored=0.1, e_ulp=E_ULP[dtype],
+        stats=ALL_STATS, workspace_bytes=workspace, **FULL,
+    )  # fmt: skip
+
+
+def test_an_adapter_through_descriptors(use):
+    use(VARIANTS["persistent"])
+    assert_adapter_close(
+        op, 33, 24, 130, 8, dtype=torch.float16, stats=(), e_ulp=E_ULP[torch.float16]
+    )
+
+
+@pytest.fixture
+def flag_all(monkeypatch):
+    """Sends every row with a target through the exact kernels."""
     rows = driver.row_sums
 
-    def flag_all(partial, z, target, logps, share, inverse, lse, flag, any_flag, stats, **kwargs):
+    def flagged(partial, z, target, logps, share, inverse, lse, flag, any_flag, stats, **kwargs):
         rows(partial, z, target, logps, share, inverse, lse, flag, any_flag, stats, **kwargs)
         flag.copy_(target >= 0)
         any_flag.fill_(1)
 
-    monkeypatch.setattr(driver, "row_sums", flag_all)
+    monkeypatch.setattr(driver, "row_sums", flagged)
+
+
+def test_the_exact_kernels_are_right_for_any_row(flag_all):
     check(peaked_head(37, 24, 150, bias=True, ignored=0.1), ALL_STATS, **FULL)
+
+
+def test_the_exact_kernels_with_an_adapter(flag_all):
+    assert_adapter_close(op, 20, 24, 150, 6, stats=ALL_STATS, ignored=0.1, softcap=9.0)
 
 
 @pytest.mark.parametrize("n", [0, 1, 31, 33])

@@ -64,10 +64,11 @@ def forward_and_backward(
     bias = torch.randn(v).to(dtype) if full else None
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
-    job = driver._Job(hidden, weight, logits, stats, grad, kept, device)
+    matrix = driver._matrix(weight, None)
+    job = driver._Job(hidden, matrix, logits, stats, grad, kept, device)
     plan = planned(job, "hidden" if grad else "sums")
     saved = driver.run_forward(job, targets, -100, plan).saved
-    job = driver._Job(hidden, weight, logits, (), False, kept, device)
+    job = driver._Job(hidden, matrix, logits, (), False, kept, device)
     driver.run_weight_grad(job, saved, torch.ones(n), full, planned(job, "weight"))
 
 

@@ -22,6 +22,7 @@ def saved_kept(head: Head, workspace_bytes: int) -> bool:
         head.hidden,
         head.weight,
         head.targets,
+        adapter=None,
         bias=None,
         softcap=None,
         scale=1.0,
@@ -30,6 +31,7 @@ def saved_kept(head: Head, workspace_bytes: int) -> bool:
         stats=(),
         need_hidden_grad=True,
         need_weight_grad=True,
+        keep=True,
         workspace_bytes=workspace_bytes,
     )
     return len(result.saved) == 4

@@ -45,11 +45,15 @@ def test_files_import_torch_triton_the_standard_library_and_each_other(path):
 
 
 def test_directions():
-    """An op's file sees impls and reference, and its implementations only when it runs; ops do not
-    see each other, `linear_dpo_loss` aside; an implementation never sees its op."""
+    """An op's file sees impls, reference and its own parts, its implementations only when it runs;
+    ops do not see each other, `linear_dpo_loss` aside; an implementation never sees its op."""
     seen = {p.stem: {n for n, relative in imports(p) if relative} for p in PACKAGE.glob("*.py")}
-    assert seen["linear_logps"] == seen["preference_loss"] == {"impls", "reference"}
-    assert seen["linear_dpo_loss"] == {"linear_logps", "preference_loss"}
+    parts = {"linear_logps_call", "linear_logps_graph"}
+    assert seen["linear_logps"] == {"impls", "reference"} | parts
+    assert seen["preference_loss"] == {"impls", "reference"}
+    assert seen["linear_logps_graph"] == {"linear_logps_call"}
+    assert seen["linear_logps_call"] == {"impls"}
+    assert seen["linear_dpo_loss"] == {"linear_logps", "linear_logps_call", "preference_loss"}
     assert seen["reference"] == {"impls"} and seen["impls"] == set()
     for name, used in seen.items():
         if "_torch" in name or "_triton" in name or name == "tuning":
@@ -59,7 +63,8 @@ def test_directions():
 def test_importing_it_loads_no_triton():
     """Kernels are loaded when they run: a CPU user never waits for a compiler."""
     lazily = [p.stem for p in PACKAGE.glob("*.py") if "_triton" in p.stem]
-    for stem in ("__init__", "impls", "reference", *OPS):
+    parts = ("linear_logps_call", "linear_logps_graph")
+    for stem in ("__init__", "impls", "reference", *parts, *OPS):
         for name, _ in imports(PACKAGE / f"{stem}.py"):
             assert name.split(".")[0] != "triton" and name not in lazily
 

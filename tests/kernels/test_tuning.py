@@ -18,9 +18,11 @@ MIB = 2**20
 
 def problem(**changes) -> Problem:
     plain = Problem(
-        work="hidden", n=4096, d=4096, v=128256, float32=False, rich=False, fields=1, row_copy=0,
-        col_copy=0, kept=False, direct=True, aligned=True, workspace=256 * MIB,
+        work="hidden", n=4096, d=4096, d_trained=4096, v=128256, float32=False, rich=False,
+        fields=1, row_copy=0, col_copy=0, kept=False, direct=True, aligned=True,
+        workspace=256 * MIB,
     )  # fmt: skip
+    changes.setdefault("d_trained", changes.get("d", plain.d))
     return dataclasses.replace(plain, **changes)
 
 

@@ -8,17 +8,12 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("fastdpo_kernels")
-
-_Args = ParamSpec("_Args")
-_Result = TypeVar("_Result")
 
 IMPLS = ("auto", "torch", "triton", "reference")
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -70,11 +65,6 @@ class PreferenceForward:
     logps: Tensor
     chosen_slope: Tensor
     rejected_slope: Tensor
-
-
-def outside_graph(op: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Keeps torch.compile out of an op: it chooses kernels and chunks by shape as it runs."""
-    return torch.compiler.disable(op)  # pyright: ignore[reportReturnType]
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -5,7 +5,8 @@ It is `linear_logps` followed by `preference_loss`, and nothing else.
 
 from torch import Tensor
 
-from .linear_logps import NO_TARGET, linear_logps
+from .linear_logps import linear_logps
+from .linear_logps_call import NO_TARGET
 from .preference_loss import PreferenceOutput, preference_loss
 
 

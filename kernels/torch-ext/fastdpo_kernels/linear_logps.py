@@ -2,25 +2,21 @@
 
 The public op: it checks its arguments once, chooses the implementation, and joins it to autograd.
 The mathematics is in `reference.py`; how it is done without logits, in `linear_logps_torch.py` and
-`linear_logps_triton.py`.
+`linear_logps_triton.py`; how a compiled graph calls it, in `linear_logps_graph.py`.
 """
 
-import importlib
 import math
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .impls import STATS, TokenStats, choose_impl, is_transformed, outside_graph
+from .impls import TokenStats
+from .linear_logps_call import Call, Lora, check, check_targets, raise_bad_targets
+from .linear_logps_graph import linear_logps_in_graph
 from .reference import linear_logps_reference
-
-NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @overload
@@ -30,6 +26,7 @@ def linear_logps(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
@@ -47,6 +44,7 @@ def linear_logps(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
@@ -57,13 +55,13 @@ def linear_logps(
 ) -> tuple[Tensor, TokenStats]: ...
 
 
-@outside_graph
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
@@ -86,6 +84,10 @@ def linear_logps(
         targets: [N] int64 in [0, V), or `ignore_index`: such a row gives 0 and no gradient,
             whatever it holds.
         bias: [V].
+        lora: (A [r, D], B [V, r], scaling), an adapter on the head: hidden @ weight.T becomes
+            hidden @ weight.T + scaling * (hidden @ A.T) @ B.T. `weight` is frozen then. The inner
+            product [N, r] is rounded to the dtype of `hidden`, as an operand is; beside it, three
+            more copies of `hidden` are alive between forward and backward.
         softcap, scale, temperature: the transform above; `softcap` and `temperature` are positive.
         stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats`
             comes back too.
@@ -95,8 +97,10 @@ def linear_logps(
             result in kind.
 
     Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
-    autocast dtype, as `linear` would do. Gradients flow to those of `hidden`, `weight` and `bias`
-    that require them, once: double backward and torch.func transforms raise.
+    autocast dtype, as `linear` would do. Gradients flow to those of `hidden`, `weight`, `bias`, A
+    and B that require them, once: double backward and torch.func transforms raise. torch.compile
+    takes it into its graph as one op (all but `impl="reference"`); a trained head is then computed
+    without keeping exponentials, in four GEMMs.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target
@@ -105,55 +109,86 @@ def linear_logps(
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     stats = tuple(stats)
-    _check(hidden, weight, targets, bias, softcap, scale, temperature, stats, workspace_bytes)
-    device = hidden.device
-    rounded = hidden.dtype
+    check(
+        hidden, weight, targets, bias, lora, softcap, scale, temperature, stats, workspace_bytes
+    )  # fmt: skip
+    device, rounded = hidden.device, hidden.dtype
     if torch.is_autocast_enabled(device.type) and rounded != torch.float64:
         rounded = torch.get_autocast_dtype(device.type)
-    chosen = choose_impl("linear_logps", impl, device, rounded, weight.dtype)
-    targets, bad = _check_targets(targets, weight.shape[0], ignore_index)
     transform: dict[str, Any] = {
         "softcap": None if softcap is None else float(softcap),
         "scale": float(scale),
         "temperature": float(temperature),
         "ignore_index": int(ignore_index),
     }
-    if chosen == "reference":
-        with torch.autocast(device.type, enabled=False):
-            logps, every = linear_logps_reference(
-                hidden.to(rounded), weight, targets, bias=bias, **transform
-            )
-        token_stats = TokenStats(**{name: getattr(every, name) for name in stats})
+    if impl == "reference":
+        return _reference(hidden.to(rounded), weight, targets, bias, lora, stats, transform)
+    adapter = None
+    if lora is not None:
+        hidden, adapter = _beside_adapter(hidden, targets, lora, rounded, ignore_index)
+    trained = weight if adapter is None else adapter
+    grad_on = torch.is_grad_enabled()
+    call = Call(
+        impl=impl,
+        rounded=rounded,
+        **transform,
+        stats=stats,
+        workspace_bytes=int(workspace_bytes),
+        need_hidden_grad=grad_on and hidden.requires_grad,
+        need_weight_grad=grad_on and trained.requires_grad,
+        need_bias_grad=grad_on and bias is not None and bias.requires_grad,
+    )
+    if torch.compiler.is_compiling():
+        logps, found = linear_logps_in_graph(call, hidden, weight, targets, bias, adapter)
     else:
-        grad_on = torch.is_grad_enabled()
-        plan = _Plan(
-            impl=importlib.import_module(f".linear_logps_{chosen}", __package__),
-            rounded=rounded,
-            transform=transform,
-            stats=stats,
-            workspace_bytes=workspace_bytes,
-            need_hidden_grad=grad_on and hidden.requires_grad,
-            need_weight_grad=grad_on and weight.requires_grad,
-            need_bias_grad=grad_on and bias is not None and bias.requires_grad,
+        logps, found = _eager(call, hidden, weight, targets, bias, adapter)
+    return (logps, TokenStats(**dict(zip(stats, found, strict=True)))) if stats else logps
+
+
+def _eager(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    call = call.chosen(hidden.device, weight.dtype)
+    targets, bad = check_targets(targets, weight.shape[0], call.ignore_index)
+    anchor = hidden[:0].clone() if call.need_hidden_grad else None
+    logps, *found = _LinearLogps.apply(hidden, weight, bias, adapter, targets, anchor, call)
+    return logps if bad is None else logps.masked_fill(bad, math.nan), found
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    stats: tuple[str, ...],
+    transform: dict[str, Any],
+) -> Tensor | tuple[Tensor, TokenStats]:
+    targets, bad = check_targets(targets, weight.shape[0], transform["ignore_index"])
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps, every = linear_logps_reference(
+            hidden, weight, targets, bias=bias, lora=lora, **transform
         )
-        anchor = hidden[:0].clone() if plan.need_hidden_grad else None
-        logps, *found = _LinearLogps.apply(hidden, weight, bias, targets, anchor, plan)
-        token_stats = TokenStats(**dict(zip(stats, found, strict=True)))
     if bad is not None:
         logps = logps.masked_fill(bad, math.nan)
-    return (logps, token_stats) if stats else logps
+    return (logps, TokenStats(**{s: getattr(every, s) for s in stats})) if stats else logps
 
 
-@dataclass(frozen=True)
-class _Plan:
-    impl: ModuleType
-    rounded: torch.dtype
-    transform: dict[str, Any]
-    stats: tuple[str, ...]
-    workspace_bytes: int
-    need_hidden_grad: bool
-    need_weight_grad: bool
-    need_bias_grad: bool
+def _beside_adapter(
+    hidden: Tensor, targets: Tensor, lora: Lora, rounded: torch.dtype, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """[hidden, scaling * hidden @ A.T] [N, D + r], and B: the head is then [weight, B]."""
+    a, b, scaling = lora
+    with torch.autocast(hidden.device.type, enabled=False):
+        # What ignored rows hold must not reach the gradient of A.
+        rows = hidden.to(rounded).masked_fill((targets == ignore_index)[:, None], 0)
+        inner = F.linear(rows, (scaling * a).to(rounded))
+    return torch.cat([rows, inner], 1), b
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -161,26 +196,14 @@ class _LinearLogps(torch.autograd.Function):
     where `hidden` is not kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, anchor, plan: _Plan):
-        head_grad = plan.need_weight_grad or plan.need_bias_grad
-        with torch.autocast(hidden.device.type, enabled=False):
-            result = plan.impl.forward(
-                hidden.detach().to(plan.rounded),
-                weight.detach(),
-                targets,
-                bias=None if bias is None else bias.detach(),
-                **plan.transform,
-                stats=plan.stats,
-                need_hidden_grad=plan.need_hidden_grad,
-                need_weight_grad=head_grad,
-                workspace_bytes=plan.workspace_bytes,
-            )
-        found = tuple(getattr(result.stats, name) for name in plan.stats)
+    def forward(ctx, hidden, weight, bias, adapter, targets, anchor, call: Call):
+        result = call.forward(hidden, weight, targets, bias, adapter, keep=True)
+        found = tuple(getattr(result.stats, name) for name in call.stats)
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
-        ctx.plan = plan
+        ctx.call = call
         ctx.hidden_dtype = hidden.dtype
-        inputs = (hidden, weight, bias, targets) if head_grad else (None,) * 4
+        inputs = (hidden, weight, bias, adapter, targets) if call.need_head_grad else (None,) * 5
         ctx.save_for_backward(result.hidden_grad, anchor, *inputs, *result.saved)
         return (result.token_logps, *found)
 
@@ -188,40 +211,32 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx, *grads):
         grad_logps = grads[0]
         if grad_logps is None:
-            return (None,) * 6
-        _raise_bad_targets()
-        plan: _Plan = ctx.plan
-        unscaled, anchor, hidden, weight, bias, targets, *saved = ctx.saved_tensors
-        d_hidden = d_weight = d_bias = None
-        with torch.no_grad(), torch.autocast(grad_logps.device.type, enabled=False):
-            g = grad_logps.detach()
-            if unscaled is not None:
-                d_hidden = (unscaled * g[:, None]).to(ctx.hidden_dtype)
-            if plan.need_weight_grad or plan.need_bias_grad:
-                d_weight, d_bias = plan.impl.weight_grad(
-                    hidden.detach().to(plan.rounded),
-                    weight.detach(),
-                    targets,
-                    tuple(saved),
-                    g,
-                    bias=None if bias is None else bias.detach(),
-                    **plan.transform,
-                    workspace_bytes=plan.workspace_bytes,
-                    need_bias_grad=plan.need_bias_grad,
-                )
-                if not plan.need_weight_grad:
-                    d_weight = None
+            return (None,) * 7
+        raise_bad_targets()
+        call: Call = ctx.call
+        unscaled, anchor, hidden, weight, bias, adapter, targets, *saved = ctx.saved_tensors
+        d_hidden = d_trained = d_bias = None
+        if unscaled is not None:
+            with torch.no_grad(), torch.autocast(grad_logps.device.type, enabled=False):
+                d_hidden = (unscaled * grad_logps.detach()[:, None]).to(ctx.hidden_dtype)
+        if call.need_head_grad:
+            d_trained, d_bias = call.weight_grad(
+                hidden, weight, targets, bias, adapter, tuple(saved), grad_logps
+            )
+            if not call.need_weight_grad:
+                d_trained = None
         if torch.is_grad_enabled():  # create_graph=True
-            out = _Once.apply(grad_logps, anchor, weight, bias, d_hidden, d_weight, d_bias)
-            d_hidden, d_weight, d_bias = out
-        return d_hidden, d_weight, d_bias, None, None, None
+            inputs = (grad_logps, anchor, weight, bias, adapter)
+            d_hidden, d_trained, d_bias = _Once.apply(*inputs, d_hidden, d_trained, d_bias)
+        of_head = (d_trained, d_bias, None) if adapter is None else (None, d_bias, d_trained)
+        return d_hidden, *of_head, None, None, None
 
 
 class _Once(torch.autograd.Function):
     """Passes gradients on; its own backward raises."""
 
     @staticmethod
-    def forward(ctx, grad_logps, anchor, weight, bias, *grads):
+    def forward(ctx, grad_logps, anchor, weight, bias, adapter, *grads):
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod
@@ -230,130 +245,3 @@ class _Once(torch.autograd.Function):
             "linear_logps has no second derivative: its gradient was finished in the forward pass; "
             'use impl="reference" to differentiate twice'
         )
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    stats: tuple[str, ...],
-    workspace_bytes: int,
-) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "targets": targets}
-    if bias is not None:
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        _check_kind(name, tensor)
-    for name, dims in (("hidden", 2), ("weight", 2), ("targets", 1), ("bias", 1)):
-        if name in tensors and tensors[name].ndim != dims:
-            shape = tuple(tensors[name].shape)
-            raise ValueError(f"linear_logps: {name} must have {dims} dimension(s), got {shape}")
-    (n, d), (v, weight_d) = hidden.shape, weight.shape
-    if d != weight_d:
-        raise ValueError(f"linear_logps: expected D={weight_d} (weight), got {d} (hidden)")
-    if v == 0 or d == 0:
-        raise ValueError(f"linear_logps: weight is empty: {tuple(weight.shape)}")
-    if len(targets) != n:
-        raise ValueError(f"linear_logps: expected {n} targets (rows of hidden), got {len(targets)}")
-    if bias is not None and len(bias) != v:
-        raise ValueError(f"linear_logps: expected {v} biases (rows of weight), got {len(bias)}")
-    for name, tensor in tensors.items():
-        if name == "targets":
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"linear_logps: targets must be int64, got {tensor.dtype}")
-        elif tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"linear_logps: {name} is {tensor.dtype}; expected float64, float32, float16 or "
-                "bfloat16 (dequantize a quantized head first)"
-            )
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"linear_logps: {name} is on {tensor.device}, hidden on {hidden.device}"
-            )
-    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(
-            f"linear_logps: float64 mixes with nothing else: hidden is {hidden.dtype}, "
-            f"weight {weight.dtype}"
-        )
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"linear_logps: softcap must be positive or None, got {softcap}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"linear_logps: temperature must be positive, got {temperature}")
-    if not math.isfinite(scale):
-        raise ValueError(f"linear_logps: scale must be finite, got {scale}")
-    for name in stats:
-        if name not in STATS:
-            raise ValueError(
-                f"linear_logps: no statistic is called {name!r}; expected {', '.join(STATS)}"
-            )
-    if len(set(stats)) != len(stats):
-        raise ValueError(f"linear_logps: stats names one twice: {', '.join(stats)}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"linear_logps: workspace_bytes must be positive, got {workspace_bytes}")
-
-
-def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuses what only looks like a plain tensor, by name."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"linear_logps: {name} must be a tensor, got {type(tensor).__name__}")
-    kind = type(tensor).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        raise TypeError(
-            f"linear_logps: {name} is a bitsandbytes {kind}; dequantize it, or keep the head "
-            "unquantized (transformers does by default)"
-        )
-    if kind == "DTensor":
-        raise TypeError(f"linear_logps: {name} is a DTensor; pass its full_tensor()")
-    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
-        raise TypeError(f"linear_logps: {name} is a ZeRO-3 shard; gather it around the call")
-    if is_transformed(tensor):
-        raise RuntimeError(
-            "linear_logps does not work under torch.func transforms (vmap, grad, jvp): "
-            "call it on the whole batch, its rows are independent"
-        )
-
-
-def _check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Returns targets safe to index with, and which were not (None on a CPU: it raises)."""
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= v))
-    if targets.device.type == "cpu":
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(_bad_target(row, int(targets[row]), v, ignore_index))
-        return targets, None
-    _raise_bad_targets()
-    if len(targets) == 0:
-        return targets, None
-    if targets.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        row = bad.int().argmax()
-        report = torch.stack([bad[row].long(), row, targets[row]])
-        host = torch.empty(3, dtype=torch.int64, pin_memory=True)
-        host.copy_(report, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(targets.device))
-        _pending.append((done, host, v, ignore_index))
-    return targets.masked_fill(bad, ignore_index), bad
-
-
-# Reports on their way from a GPU, oldest first.
-_pending: deque[tuple[Any, Tensor, int, int]] = deque()
-
-
-def _raise_bad_targets() -> None:
-    """Raises for a bad target of an earlier call whose report has arrived; waits for none."""
-    while _pending and _pending[0][0].query():
-        _, host, v, ignore_index = _pending.popleft()
-        found, row, target = host.tolist()
-        if found:
-            raise ValueError("in an earlier call, " + _bad_target(row, target, v, ignore_index))
-
-
-def _bad_target(row: int, target: int, v: int, ignore_index: int) -> str:
-    way_out = f"mark rows to leave out with ignore_index={ignore_index}"
-    if ignore_index == NO_TARGET:
-        way_out = "pass only the rows to be scored"
-    return f"linear_logps: targets[{row}] = {target} is outside [0, V={v}); {way_out}"

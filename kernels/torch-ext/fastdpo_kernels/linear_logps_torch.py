@@ -80,6 +80,7 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     *,
+    adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
@@ -88,11 +89,15 @@ def forward(
     stats: tuple[str, ...],
     need_hidden_grad: bool,
     need_weight_grad: bool,
+    keep: bool,
     workspace_bytes: int,
 ) -> ForwardResult:
-    """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`."""
+    """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
+
+    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
+    """
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
-    head = Head(weight, bias, softcap, scale, temperature, hidden.dtype)
+    head = Head(weight, adapter, bias, softcap, scale, temperature, hidden.dtype)
     fixed = device.type == "cpu"
     ignored = targets == ignore_index
 
@@ -103,7 +108,7 @@ def forward(
     hidden_grad = new(n, d, dtype=hidden.dtype) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
-    kept_bytes = n * v * head.dtype.itemsize if need_weight_grad else 0
+    kept_bytes = n * v * head.dtype.itemsize if need_weight_grad and keep else 0
     beside = tile_bytes(head, min(n, 256), min(v, 1024), tiles)  # smaller tiles are slow
     if kept_bytes + beside > workspace_bytes:
         kept_bytes = 0
@@ -159,6 +164,7 @@ def weight_grad(
     saved: tuple[Tensor, ...],
     grad_logps: Tensor,
     *,
+    adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
@@ -169,17 +175,21 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
 
+    With an `adapter` [V, r] its gradient takes the place of dW.
+
     dW = -slope E^T @ (g / (s_o + s_y) H), where E holds -s_o (times its tanh slope) at the target.
     E comes from `saved` if forward could keep it, otherwise each tile is computed again; each row
     of dW is written once.
     """
     frame, inv_sum, target_e, *kept = saved
-    (n, d), v = hidden.shape, weight.shape[0]
-    head = Head(weight, bias, softcap, scale, temperature, hidden.dtype)
+    n, v = len(hidden), weight.shape[0]
+    head = Head(weight, adapter, bias, softcap, scale, temperature, hidden.dtype)
+    trained = weight if adapter is None else adapter
+    first = head.width - trained.shape[1]  # the column of hidden that meets its first
     ignored = targets == ignore_index
     factor = (-head.slope * grad_logps.to(head.dtype) * inv_sum).masked_fill(ignored, 0)  # [N]
 
-    grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(trained, memory_format=torch.contiguous_format)
     bias_grad = None if bias is None or not need_bias_grad else torch.empty_like(bias)
     tiles = 0 if kept else head.tiles
     budget = workspace_bytes - (kept[0].nbytes if kept else 0)
@@ -188,8 +198,8 @@ def weight_grad(
     with ieee_matmul(hidden.device):
         for v0, v1 in spans(v, cols):
             w, b = head.rows(v0, v1)
-            whole = weight.dtype == head.dtype  # then the gradient's own rows hold the sums
-            total = grad[v0:v1] if whole else factor.new_empty(v1 - v0, d)
+            whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
+            total = grad[v0:v1] if whole else factor.new_empty(v1 - v0, grad.shape[1])
             total.zero_()
             bias_total = factor.new_zeros(v1 - v0)
             for r0, r1 in spans(n, rows):
@@ -206,7 +216,7 @@ def weight_grad(
                         tile.mul_(one_minus_square(cap))
                     y = targets[r0:r1].masked_fill(skip, 0)
                     put_target(tile, y - v0, target_e[r0:r1])
-                scaled = h.to(head.dtype).mul(k[:, None])
+                scaled = h[:, first:].to(head.dtype).mul(k[:, None])
                 if head.halves and head.rounded == torch.bfloat16:
                     accumulate(head, total, tile.mT, scaled.to(head.rounded))
                 else:  # fp16 has no room for small gradients: fp32
@@ -222,7 +232,7 @@ def weight_grad(
 def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | None) -> _Rows:
     """The rows h [k, D] with targets y [k]; fills `store` [k, V] with E if given."""
     head, stats, v = job.head, job.stats, job.head.weight.shape[0]
-    w_y = head.operand(head.weight[y]).to(head.dtype)  # [k, D]
+    w_y = head.matrix(y).to(head.dtype)  # [k, D]
     z_y, flat_y = target_logits(head, h, w_y, y)
     r = row_max(head, h, job.buffer, job.cols) if at_max else z_y
     sums = _Sums.zeros(len(h), z_y)
@@ -310,8 +320,8 @@ def _fold(
 
 def _mean_row(head: Head, cols: int) -> tuple[Tensor, Tensor | float]:
     """Mean row of the weight [D] and mean bias: without a softcap they give the mean logit."""
-    v, d = head.weight.shape
-    total = torch.zeros(d, dtype=head.dtype, device=head.weight.device)
+    v = head.weight.shape[0]
+    total = torch.zeros(head.width, dtype=head.dtype, device=head.weight.device)
     for v0, v1 in spans(v, cols):
         total += head.rows(v0, v1)[0].to(head.dtype).sum(0)
     return total / v, 0.0 if head.bias is None else head.bias.to(head.dtype).mean()

@@ -16,9 +16,13 @@ ROWS, COLS = 1024, 4096  # the largest tile; CPU GEMMs gain nothing from a large
 
 @dataclass(frozen=True)
 class Head:
-    """Weight [V, D], bias [V], and the logit transform z(a) of a = h W^T + b."""
+    """Weight [V, D], bias [V], and the logit transform z(a) of a = h W^T + b.
+
+    With an `adapter` [V, r] the matrix is [W, adapter], [V, D + r], joined tile by tile.
+    """
 
     weight: Tensor
+    adapter: Tensor | None
     bias: Tensor | None
     softcap: float | None
     scale: float
@@ -29,6 +33,12 @@ class Head:
     def dtype(self) -> torch.dtype:
         """... and everything is computed and summed in this one."""
         return torch.promote_types(self.rounded, torch.float32)
+
+    @property
+    def width(self) -> int:
+        """Columns of hidden: D, or D + r."""
+        extra = 0 if self.adapter is None else self.adapter.shape[1]
+        return self.weight.shape[1] + extra
 
     @property
     def slope(self) -> float:
@@ -49,10 +59,17 @@ class Head:
         tensor = tensor.to(self.rounded)
         return tensor if self.halves else tensor.to(self.dtype)
 
+    def matrix(self, index: Tensor | slice) -> Tensor:
+        """Rows of the matrix as a GEMM takes them."""
+        rows = self.operand(self.weight[index])
+        if self.adapter is None:
+            return rows
+        return torch.cat([rows, self.operand(self.adapter[index])], 1)
+
     def rows(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [w, D] and bias [w] of some columns of the logits."""
+        """Matrix [w, D] and bias [w] of some columns of the logits."""
         bias = None if self.bias is None else self.bias[start:end].to(self.dtype)
-        return self.operand(self.weight[start:end]), bias
+        return self.matrix(slice(start, end)), bias
 
 
 def target_logits(head: Head, h: Tensor, w_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +164,7 @@ def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
 
     Raises ValueError if not even a small one does.
     """
-    v, d = head.weight.shape
+    v, d = head.weight.shape[0], head.width
     least_rows, least_cols = max(min(n, 8), 1), min(v, 128)
     rows, cols = max(min(n, ROWS), 1), min(v, COLS)
     while tile_bytes(head, rows, cols, tiles) > budget:
@@ -167,9 +184,10 @@ def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
 def tile_bytes(head: Head, rows: int, cols: int, tiles: int) -> int:
     """Tiles (two more where a 16-bit GEMM's operand and result are apart), and beside them: h
     twice, W[y], their product and the gradient; W twice and its gradient, unless as they are."""
-    d = head.weight.shape[1]
+    d = head.width
     tiles += 2 * head.halves
-    copies = 0 if head.weight.dtype == head.rounded == head.dtype else 3
+    as_it_is = head.adapter is None and head.weight.dtype == head.rounded == head.dtype
+    copies = 0 if as_it_is else 3
     return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + copies * cols * d)
 
 

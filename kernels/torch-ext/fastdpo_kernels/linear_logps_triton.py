@@ -20,7 +20,7 @@ from torch import Tensor
 from . import tuning
 from .impls import ForwardResult, TokenStats
 from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
-from .linear_logps_triton_gemm import Logits, describable, exp_gemm, exp_tile
+from .linear_logps_triton_gemm import Logits, Matrix, describable, exp_gemm, exp_tile
 from .linear_logps_triton_rows import (
     add_target_rows,
     column_sums,
@@ -36,10 +36,10 @@ _PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_gemm
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of a call; `kept`: E stays for dW."""
+    """The arguments of a call; `kept`: E stays for dW. An adapter's columns count in D."""
 
     hidden: Tensor
-    weight: Tensor
+    matrix: Matrix
     logits: Logits
     stats: tuple[str, ...]
     need_hidden_grad: bool
@@ -56,7 +56,7 @@ class _Job:
 
     @property
     def v(self) -> int:
-        return self.weight.shape[0]
+        return self.matrix.v
 
     @property
     def e_dtype(self) -> torch.dtype:
@@ -73,6 +73,7 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     *,
+    adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
@@ -81,15 +82,19 @@ def forward(
     stats: tuple[str, ...],
     need_hidden_grad: bool,
     need_weight_grad: bool,
+    keep: bool,
     workspace_bytes: int,
 ) -> ForwardResult:
-    """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`."""
+    """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
+
+    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
+    """
     job = _Job(
-        hidden, weight, Logits.of(bias, softcap, scale, temperature), stats, need_hidden_grad,
-        need_weight_grad, _device(hidden),
+        hidden, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature), stats,
+        need_hidden_grad, need_weight_grad and keep, _device(hidden),
     )  # fmt: skip
     work = "hidden" if need_hidden_grad else "sums"
-    if need_weight_grad and not _can_keep(job, work, workspace_bytes):
+    if job.kept and not _can_keep(job, work, workspace_bytes):
         job = dataclasses.replace(job, kept=False)
 
     def run(plan: Plan) -> ForwardResult:
@@ -111,6 +116,7 @@ def weight_grad(
     saved: tuple[Tensor, ...],
     grad_logps: Tensor,
     *,
+    adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
@@ -121,10 +127,11 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
 
+    With an `adapter` [V, r] its gradient takes the place of dW.
     dW = -slope E^T @ (g / (s_o + s_y) H), plus slope g (1 - p_y) h_n at the target rows.
     """
     job = _Job(
-        hidden, weight, Logits.of(bias, softcap, scale, temperature), (), False,
+        hidden, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature), (), False,
         len(saved) == 5, _device(hidden),
     )  # fmt: skip
 
@@ -141,7 +148,7 @@ def weight_grad(
 
 def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> ForwardResult:
     n, d, v = job.n, job.d, job.v
-    hidden, weight, device = job.hidden, job.weight, job.hidden.device
+    hidden, matrix, device = job.hidden, job.matrix, job.hidden.device
     floats = [torch.empty(n, device=device) for _ in range(5)]
     z, logps, share, inverse, lse = floats
     target, flag = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
@@ -154,7 +161,7 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
 
     if n > 0:
         target_logits(
-            hidden, weight, targets.contiguous(), target, z,
+            hidden, matrix, targets.contiguous(), target, z,
             ignore_index=ignore_index, logits=job.logits,
         )  # fmt: skip
     space = _Space(plan.bytes, device)
@@ -171,7 +178,7 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
             product = space.take((plan.splits, r1 - r0, d), torch.float32)
         for c0, c1 in _spans(v, plan.cols):
             mark = space.mark()
-            w = _operand(weight[c0:c1], hidden.dtype, space)
+            w = _columns(matrix, c0, c1, hidden.dtype, space)
             e = None if kept is None else kept[rows, c0:c1]
             e = _exponentials(
                 job, plan, space, h, w, e, z[rows], target[rows], None, partial, c0,
@@ -180,7 +187,8 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
             if product is not None:
                 assert e is not None
                 # rounded from the weight itself, if it has the dtype: that of fp16 hidden does not
-                w = _operand(w if w.dtype == job.e_dtype else weight[c0:c1], job.e_dtype, space)
+                if w.dtype != job.e_dtype:
+                    w = _columns(matrix, c0, c1, job.e_dtype, space)
                 multiply_splits(product, e, w, add=c0 > 0)
             space.release(mark)
         part = _rows_of(stats, rows)
@@ -188,11 +196,11 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
         row_sums(partial, z[rows], target[rows], *row, flag[rows], any_flag, part, v=v)
         if grad is not None and product is not None:
             hidden_grad(
-                product, weight, target[rows], z[rows], share[rows], inverse[rows], grad[rows],
+                product, matrix, target[rows], z[rows], share[rows], inverse[rows], grad[rows],
                 logits=job.logits,
             )  # fmt: skip
         exact_rows(
-            hidden[rows], weight, target[rows], z[rows], flag[rows], any_flag, room, *row,
+            hidden[rows], matrix, target[rows], z[rows], flag[rows], any_flag, room, *row,
             None if grad is None else grad[rows], None if kept is None else kept[rows], part,
             logits=job.logits, splits=splits, programs=2 * job.device.sms,
         )  # fmt: skip
@@ -207,18 +215,20 @@ def run_weight_grad(
     (target, z, share, log-sum-exp)."""
     target, z, share, row, *rest = saved
     kept = rest[0] if rest else None
-    n, d, v = job.n, job.d, job.v
-    hidden, weight, bias = job.hidden, job.weight, job.logits.bias
+    n, v = job.n, job.v
+    hidden, trained, bias = job.hidden, job.matrix.trained, job.logits.bias
+    d = trained.shape[1]
+    of_trained = hidden[:, job.d - d :]  # the columns that it meets
     g = (job.logits.slope * grad_logps.float()).masked_fill(target < 0, 0).contiguous()
-    dw = torch.empty(v, d, dtype=weight.dtype, device=weight.device)
-    db = torch.zeros(v, device=weight.device) if bias is not None and need_bias_grad else None
+    dw = torch.empty(v, d, dtype=trained.dtype, device=hidden.device)
+    db = torch.zeros(v, device=hidden.device) if bias is not None and need_bias_grad else None
     direct = plan.rows >= n and dw.dtype in (job.e_dtype, torch.float32)
-    space = _Space(plan.bytes, weight.device)
+    space = _Space(plan.bytes, hidden.device)
     tiles = -(-v // plan.variant.gemm.block_v)
     for c0, c1 in _spans(v, plan.cols):
         space.clear()
         out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
-        w = None if kept is not None else _operand(weight[c0:c1], hidden.dtype, space)
+        w = None if kept is not None else _columns(job.matrix, c0, c1, hidden.dtype, space)
         if n == 0:
             out.zero_()
         for r0, r1 in _spans(n, plan.rows):
@@ -227,7 +237,7 @@ def run_weight_grad(
             # The minus sign, g and 1 / (s_o + s_y) go into H where E is kept, else into E.
             factor = -g[rows] * row[rows] if kept is not None else -g[rows]
             h2 = space.take((r1 - r0, d), job.e_dtype)
-            dw_operand(hidden[rows], target[rows], None if kept is None else factor, h2)
+            dw_operand(of_trained[rows], target[rows], None if kept is None else factor, h2)
             if kept is not None:
                 e = kept[rows, c0:c1]
             else:
@@ -248,7 +258,7 @@ def run_weight_grad(
         coefficient = g * share
         if job.logits.softcap:
             coefficient *= 1 - (z / job.logits.cap).square()
-        add_target_rows(target, coefficient, hidden, dw, db)
+        add_target_rows(target, coefficient, of_trained, dw, db)
     return dw, None if db is None or bias is None else db.to(bias.dtype)
 
 
@@ -375,15 +385,34 @@ def _operand(matrix: Tensor, dtype: torch.dtype, space: _Space) -> Tensor:
     return space.take(tuple(matrix.shape), dtype).copy_(matrix)
 
 
+def _matrix(weight: Tensor, adapter: Tensor | None) -> Matrix:
+    if adapter is not None and adapter.stride(1) != 1:
+        adapter = adapter.contiguous()
+    return Matrix(weight, adapter)
+
+
+def _columns(matrix: Matrix, start: int, end: int, dtype: torch.dtype, space: _Space) -> Tensor:
+    """The matrix of some columns of the logits as a GEMM takes it: [end - start, D]."""
+    weight, adapter = matrix.weight[start:end], matrix.adapter
+    if adapter is None:
+        return _operand(weight, dtype, space)
+    d = weight.shape[1]
+    joined = space.take((end - start, d + adapter.shape[1]), dtype)
+    joined[:, :d].copy_(weight)
+    joined[:, d:].copy_(adapter[start:end])
+    return joined
+
+
 def _problem(job: _Job, work: str, workspace: int) -> Problem:
-    hidden, weight = job.hidden, job.weight
+    hidden, weight = job.hidden, job.matrix.weight
+    whole = job.matrix.adapter is None
     recomputed = not (work == "weight" and job.kept)
     ready = hidden.stride(1) == 1
     row_copy = 0 if ready or not recomputed else job.d * hidden.element_size()
-    ready_w = weight.dtype == hidden.dtype and weight.stride(1) == 1
+    ready_w = whole and weight.dtype == hidden.dtype and weight.stride(1) == 1
     col_copy = 0 if ready_w or not recomputed else job.d * hidden.element_size()
     if work == "hidden" and hidden.dtype != job.e_dtype:
-        own = weight.dtype == job.e_dtype and weight.stride(1) == 1
+        own = whole and weight.dtype == job.e_dtype and weight.stride(1) == 1
         col_copy += 0 if own else job.d * job.e_dtype.itemsize
     aligned = job.d % 8 == 0
     if aligned:
@@ -392,6 +421,7 @@ def _problem(job: _Job, work: str, workspace: int) -> Problem:
         work=work,
         n=max(job.n, 1),
         d=job.d,
+        d_trained=job.matrix.trained.shape[1],
         v=job.v,
         float32=job.e_dtype == torch.float32,
         rich=job.logits.softcap or job.logits.bias is not None,
@@ -399,7 +429,7 @@ def _problem(job: _Job, work: str, workspace: int) -> Problem:
         row_copy=row_copy,
         col_copy=col_copy,
         kept=job.kept,
-        direct=weight.dtype in (job.e_dtype, torch.float32),
+        direct=job.matrix.trained.dtype in (job.e_dtype, torch.float32),
         aligned=aligned,
         workspace=workspace,
     )

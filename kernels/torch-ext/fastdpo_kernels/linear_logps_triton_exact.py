@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .impls import TokenStats
-from .linear_logps_triton_gemm import CALL_INTS, FUSE, LOG2E, LOWEST, Logits, logit, slope_at
+from .linear_logps_triton_gemm import (
+    CALL_INTS,
+    FUSE,
+    LOG2E,
+    LOWEST,
+    Logits,
+    Matrix,
+    logit,
+    matrix_at,
+    slope_at,
+)
 
 ROWS = 16
 FIELDS = 5  # of a split's partial results: max, sum e, sum e (z - max), sum z, sum e^2
@@ -31,8 +41,8 @@ WARPS = 8
 
 @triton.jit
 def _products(
-    hidden_ptr, weight_ptr, rows, row_ok, cols, V, D,
-    stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
+    hidden_ptr, weight_ptr, adapter_ptr, rows, row_ok, cols, V, D,
+    stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k, stride_adapter,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -41,9 +51,12 @@ def _products(
         ks = k + tl.arange(0, BLOCK_K)
         at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
         h = tl.load(at, mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
-        at = weight_ptr + w_rows[None, :] * stride_weight + ks[:, None] * stride_weight_k
-        w = tl.load(at, mask=(cols < V)[None, :] & (ks < D)[:, None], other=0.0)
-        acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
+        w = matrix_at(
+            weight_ptr, adapter_ptr, w_rows[None, :], ks[:, None],
+            (cols < V)[None, :] & (ks < D)[:, None], d_weight,
+            stride_weight, stride_weight_k, stride_adapter, h.dtype,
+        )  # fmt: skip
+        acc = tl.dot(h, w, acc, input_precision="ieee")
     return acc
 
 
@@ -62,6 +75,7 @@ def _logits_of(
 def _exact_sums_kernel(
     hidden_ptr,
     weight_ptr,
+    adapter_ptr,
     bias_ptr,
     target_ptr,
     flag_ptr,
@@ -73,8 +87,10 @@ def _exact_sums_kernel(
     D,
     stride_hidden,
     stride_hidden_k,
+    d_weight,
     stride_weight,
     stride_weight_k,
+    stride_adapter,
     logit_scale,
     cap,
     BLOCK_N: tl.constexpr,
@@ -100,9 +116,9 @@ def _exact_sums_kernel(
             for first in range(split * width, end, BLOCK_V):
                 cols = first + tl.arange(0, BLOCK_V)
                 product = _products(
-                    hidden_ptr, weight_ptr, rows, flag, cols, V, D,
-                    stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
-                    BLOCK_N, BLOCK_V, BLOCK_K,
+                    hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
+                    stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k,
+                    stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                 )  # fmt: skip
                 z, _ = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
                 sum_z += tl.sum(tl.where((cols < V)[None, :], z, 0.0), 1)
@@ -129,6 +145,7 @@ def _exact_sums_kernel(
 def _exact_rows_kernel(
     hidden_ptr,
     weight_ptr,
+    adapter_ptr,
     bias_ptr,
     target_ptr,
     z_ptr,
@@ -151,8 +168,10 @@ def _exact_rows_kernel(
     D,
     stride_hidden,
     stride_hidden_k,
+    d_weight,
     stride_weight,
     stride_weight_k,
+    stride_adapter,
     stride_e,
     logit_scale,
     cap,
@@ -220,9 +239,9 @@ def _exact_rows_kernel(
                 for first in range(0, V, BLOCK_V):
                     cols = first + tl.arange(0, BLOCK_V)
                     product = _products(
-                        hidden_ptr, weight_ptr, rows, flag, cols, V, D,
-                        stride_hidden, stride_hidden_k, stride_weight, stride_weight_k,
-                        BLOCK_N, BLOCK_V, BLOCK_K,
+                        hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
+                        stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k,
+                        stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                     )  # fmt: skip
                     z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
                     p = tl.exp2(tl.minimum(z - lse[:, None], 0.0) * LOG2E)
@@ -233,18 +252,22 @@ def _exact_rows_kernel(
                             inside = flag[:, None] & (cols < V)[None, :]
                             tl.store(out, p.to(e_ptr.dtype.element_ty), mask=inside)
                     if grad_ptr is not None:
-                        w_at = weight_ptr + cols.to(tl.int64)[:, None] * stride_weight
-                        w_at += ds[None, :] * stride_weight_k
-                        w_mask = (cols < V)[:, None] & (ds < D)[None, :]
-                        w = tl.load(w_at, mask=w_mask, other=0.0)
-                        dtype = hidden_ptr.dtype.element_ty
-                        acc = tl.dot(p.to(dtype), w.to(dtype), acc, input_precision="ieee")
+                        w = matrix_at(
+                            weight_ptr, adapter_ptr, cols.to(tl.int64)[:, None], ds[None, :],
+                            (cols < V)[:, None] & (ds < D)[None, :], d_weight,
+                            stride_weight, stride_weight_k, stride_adapter,
+                            hidden_ptr.dtype.element_ty,
+                        )  # fmt: skip
+                        p = p.to(hidden_ptr.dtype.element_ty)
+                        acc = tl.dot(p, w, acc, input_precision="ieee")
                 if grad_ptr is not None:
                     y = tl.maximum(target, 0).to(tl.int64)
-                    w_at = weight_ptr + y[:, None] * stride_weight + ds[None, :] * stride_weight_k
                     inside = flag[:, None] & (ds < D)[None, :]
-                    w = tl.load(w_at, mask=inside, other=0.0)
-                    w = w.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+                    w = matrix_at(
+                        weight_ptr, adapter_ptr, y[:, None], ds[None, :], inside, d_weight,
+                        stride_weight, stride_weight_k, stride_adapter,
+                        hidden_ptr.dtype.element_ty,
+                    ).to(tl.float32)  # fmt: skip
                     at_y = (share * slope_at(z_y, cap, SOFTCAP))[:, None]
                     grad = (slope * (at_y * w - acc)).to(grad_ptr.dtype.element_ty)
                     tl.store(grad_ptr + rows[:, None] * D + ds[None, :], grad, mask=inside)
@@ -257,7 +280,7 @@ def splits_of(n_tiles: int) -> int:
 
 def exact_rows(
     hidden: Tensor,
-    weight: Tensor,
+    matrix: Matrix,
     target: Tensor,
     z: Tensor,
     flag: Tensor,
@@ -279,7 +302,7 @@ def exact_rows(
 
     `scratch` holds FIELDS * splits * n fp32.
     """
-    (n, d), v = hidden.shape, weight.shape[0]
+    (n, d), v = hidden.shape, matrix.v
     width = hidden.element_size()
     blocks = {
         **BLOCKS[width],
@@ -291,15 +314,15 @@ def exact_rows(
     every = (None,) * 4
     if stats is not None:
         every = (stats.entropy, stats.mean_logits, stats.is_top1, stats.log_sum_sq_probs)
-    strides = (*hidden.stride(), *weight.stride())
+    layout = (*hidden.stride(), *matrix.layout)
     _exact_sums_kernel[(programs,)](
-        hidden, weight, logits.bias, target, flag, any_flag, scratch,
-        n, splits, v, d, *strides, logits.scale, logits.cap, **blocks,
+        hidden, *matrix.pointers, logits.bias, target, flag, any_flag, scratch,
+        n, splits, v, d, *layout, logits.scale, logits.cap, **blocks,
     )  # fmt: skip
     _exact_rows_kernel[(programs,)](
-        hidden, weight, logits.bias, target, z, flag, any_flag, scratch,
+        hidden, *matrix.pointers, logits.bias, target, z, flag, any_flag, scratch,
         logps, share, inverse, lse, grad, e, *every,
-        n, splits, v, d, *strides, 0 if e is None else e.stride(0),
+        n, splits, v, d, *layout, 0 if e is None else e.stride(0),
         logits.scale, logits.cap, logits.slope,
         BLOCK_D=BLOCK_D[width], BLOCK_S=MOST_SPLITS, STATS=stats is not None, **blocks,
     )  # fmt: skip

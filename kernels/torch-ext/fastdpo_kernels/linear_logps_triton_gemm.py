@@ -51,6 +51,37 @@ FUSE = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """What hidden [N, d] is multiplied with: W [V, D], or [W, adapter] [V, D + r] in two parts.
+
+    Rows of the adapter are contiguous.
+    """
+
+    weight: Tensor
+    adapter: Tensor | None
+
+    @property
+    def v(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def trained(self) -> Tensor:
+        """The part that may get a gradient."""
+        return self.weight if self.adapter is None else self.adapter
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.adapter
+
+    @property
+    def layout(self) -> tuple[int, int, int, int]:
+        """d_weight, stride_weight, stride_weight_k, stride_adapter of a kernel."""
+        row, column = self.weight.stride()
+        stride = 0 if self.adapter is None else self.adapter.stride(0)
+        return self.weight.shape[1], row, column, stride
+
+
+@dataclass(frozen=True)
 class Logits:
     """z of a raw product a: (a + bias) * scale, or cap * tanh((a + bias) * scale) if `softcap`.
 
@@ -106,6 +137,26 @@ def slope_at(z, cap, SOFTCAP: tl.constexpr):
         t = z / cap
         slope = 1.0 - t * t
     return slope
+
+
+@triton.jit
+def matrix_at(
+    weight_ptr, adapter_ptr, rows, ks, mask, d_weight,
+    stride_weight, stride_weight_k, stride_adapter, dtype: tl.constexpr,
+):  # fmt: skip
+    """[W, adapter] at `rows` x `ks`, int64 rows, in this dtype; 0 outside the mask.
+
+    W has `d_weight` columns, and all of them where there is no adapter.
+    """
+    inside = mask
+    if adapter_ptr is not None:
+        inside = mask & (ks < d_weight)
+    w = tl.load(weight_ptr + rows * stride_weight + ks * stride_weight_k, mask=inside, other=0.0)
+    w = w.to(dtype)
+    if adapter_ptr is not None:
+        at = adapter_ptr + rows * stride_adapter + (ks - d_weight)
+        w += tl.load(at, mask=mask & (ks >= d_weight), other=0.0).to(dtype)
+    return w
 
 
 @triton.jit

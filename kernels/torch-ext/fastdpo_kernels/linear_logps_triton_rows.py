@@ -26,11 +26,14 @@ from .linear_logps_triton_gemm import (
     SUM_Z,
     TARGET_E,
     Logits,
+    Matrix,
     logit,
+    matrix_at,
     slope_at,
 )
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+GRAD_WIDTH = (256, 128)  # columns of d hidden at a time; with an adapter 256 need a stack frame
 
 
 @triton.jit
@@ -45,6 +48,7 @@ def _log1p(x):
 def _target_logits_kernel(
     hidden_ptr,
     weight_ptr,
+    adapter_ptr,  # [V, D - d_weight] or None
     bias_ptr,
     targets_ptr,  # [n_rows] int64
     target_ptr,  # out: [n_rows] int32, the target, -1 where there is none
@@ -55,8 +59,10 @@ def _target_logits_kernel(
     D,
     stride_hidden,
     stride_hidden_k,
+    d_weight,
     stride_weight,
     stride_weight_k,
+    stride_adapter,
     logit_scale,
     cap,
     BLOCK_N: tl.constexpr,
@@ -74,9 +80,11 @@ def _target_logits_kernel(
         mask = has[:, None] & (ks < D)[None, :]
         at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
         h = tl.load(at, mask=mask, other=0.0)
-        at = weight_ptr + y[:, None] * stride_weight + ks[None, :] * stride_weight_k
-        w = tl.load(at, mask=mask, other=0.0)
-        acc += h.to(tl.float32) * w.to(h.dtype).to(tl.float32)
+        w = matrix_at(
+            weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
+            stride_weight, stride_weight_k, stride_adapter, h.dtype,
+        )  # fmt: skip
+        acc += h.to(tl.float32) * w.to(tl.float32)
     raw = tl.sum(acc, 1)
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + y, mask=has, other=0.0).to(tl.float32)
@@ -172,6 +180,7 @@ def _row_sums_kernel(
 def _hidden_grad_kernel(
     product_ptr,  # [n_splits, n_rows, D] fp32: E @ W in parts
     weight_ptr,
+    adapter_ptr,  # [V, D - d_weight] or None
     target_ptr,
     z_ptr,
     share_ptr,
@@ -180,8 +189,10 @@ def _hidden_grad_kernel(
     n_rows,
     n_splits,
     D,
+    d_weight,
     stride_weight,
     stride_weight_k,
+    stride_adapter,
     slope,
     cap,
     BLOCK_N: tl.constexpr,
@@ -204,8 +215,10 @@ def _hidden_grad_kernel(
         part = tl.full((), split, tl.int64) * n_rows * D
         product += tl.load(product_ptr + part + at, mask=mask, other=0.0)
     y = tl.maximum(target, 0).to(tl.int64)
-    w_at = weight_ptr + y[:, None] * stride_weight + ks[None, :] * stride_weight_k
-    w = tl.load(w_at, mask=mask, other=0.0).to(out_ptr.dtype.element_ty).to(tl.float32)
+    w = matrix_at(
+        weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
+        stride_weight, stride_weight_k, stride_adapter, out_ptr.dtype.element_ty,
+    ).to(tl.float32)  # fmt: skip
     grad = slope * (share[:, None] * w - inverse[:, None] * product)
     grad = tl.where(has[:, None], grad, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, grad, mask=row_ok[:, None] & (ks < D)[None, :])
@@ -316,7 +329,7 @@ def _column_sums_kernel(
 
 def target_logits(
     hidden: Tensor,
-    weight: Tensor,
+    matrix: Matrix,
     targets: Tensor,
     target: Tensor,
     z: Tensor,
@@ -327,8 +340,8 @@ def target_logits(
     """Writes the target [N] int32 (-1: none) and its logit z [N] of every row."""
     n, d = hidden.shape
     _target_logits_kernel[(triton.cdiv(n, 4),)](
-        hidden, weight, logits.bias, targets, target, z,
-        n, ignore_index, weight.shape[0], d, *hidden.stride(), *weight.stride(),
+        hidden, *matrix.pointers, logits.bias, targets, target, z,
+        n, ignore_index, matrix.v, d, *hidden.stride(), *matrix.layout,
         logits.scale, logits.cap,
         BLOCK_N=4, BLOCK_K=_width(d, 512), SOFTCAP=logits.softcap, num_warps=4, **FUSE,
     )  # fmt: skip
@@ -365,7 +378,7 @@ def row_sums(
 
 def hidden_grad(
     product: Tensor,
-    weight: Tensor,
+    matrix: Matrix,
     target: Tensor,
     z: Tensor,
     share: Tensor,
@@ -376,10 +389,10 @@ def hidden_grad(
 ) -> None:
     """d logp / d hidden [n, D] from `product` [splits, n, D], E @ W in parts."""
     n, d = out.shape
-    width = _width(d, 256)
+    width = _width(d, GRAD_WIDTH[matrix.adapter is not None])
     _hidden_grad_kernel[(triton.cdiv(n, 8), triton.cdiv(d, width))](
-        product, weight, target, z, share, inverse, out,
-        n, product.shape[0], d, *weight.stride(), logits.slope, logits.cap,
+        product, *matrix.pointers, target, z, share, inverse, out,
+        n, product.shape[0], d, *matrix.layout, logits.slope, logits.cap,
         BLOCK_N=8, BLOCK_K=width, SOFTCAP=logits.softcap, num_warps=4, **FUSE,
     )  # fmt: skip
 

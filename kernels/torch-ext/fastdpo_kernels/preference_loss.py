@@ -9,11 +9,12 @@ Losses of other kinds are functions of `logps`, not ops.
 import importlib
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .impls import PreferenceForward, choose_impl, is_transformed, outside_graph
+from .impls import PreferenceForward, choose_impl, is_transformed
 from .reference import preference_loss_reference
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -35,7 +36,6 @@ class PreferenceOutput:
     logps: Tensor
 
 
-@outside_graph
 def preference_loss(
     token_logps: Tensor,
     cu_responses: Tensor,
@@ -73,8 +73,9 @@ def preference_loss(
             "reference" is eager.
 
     Sums over tokens are fp64 and in a fixed order: results are bitwise repeatable. Only
-    `token_logps` gets a gradient, once: double backward raises. On a GPU the host does not wait to
-    look at `cu_responses` and `pairs`: that they are in bounds is the caller's duty there.
+    `token_logps` gets a gradient, once: double backward raises. torch.compile takes it into its
+    graph as one op (all but `impl="reference"`). On a GPU the host does not wait to look at
+    `cu_responses` and `pairs`: that they are in bounds is the caller's duty there.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other or lie outside their domain,
@@ -83,29 +84,45 @@ def preference_loss(
     """
     _check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
     _check_options(beta, loss_type, label_smoothing)
-    chosen = choose_impl("preference_loss", impl, token_logps.device, token_logps.dtype)
+    inputs = (token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
     options = {
         "beta": float(beta),
         "loss_type": loss_type,
         "label_smoothing": float(label_smoothing),
     }
-    if chosen == "reference":
-        result = preference_loss_reference(
-            token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
-        )
-        losses = result.losses
-        return PreferenceOutput(
-            _mean(losses), losses, result.chosen_rewards, result.rejected_rewards, result.logps
-        )
-    implementation = importlib.import_module(f".preference_loss_{chosen}", __package__)
-    with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
-        result = implementation.forward(
-            token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
-        )
-    loss, losses = _PreferenceLoss.apply(token_logps, cu_responses, pairs, result)
+    if torch.compiler.is_compiling() and impl != "reference":
+        losses, *rest = cast(Any, _in_graph)(*inputs, *options.values(), impl)
+        chosen_rewards, rejected_rewards, logps, *_ = (each.detach() for each in rest)
+        return PreferenceOutput(_mean(losses), losses, chosen_rewards, rejected_rewards, logps)
+    if token_logps.device.type == "cpu":
+        _check_values(cu_responses, pairs, len(token_logps))
+    if impl == "reference":
+        result = preference_loss_reference(*inputs, **options)
+        loss, losses = _mean(result.losses), result.losses
+    else:
+        result = _forward(*inputs, **options, impl=impl)
+        loss, losses = _PreferenceLoss.apply(token_logps, cu_responses, pairs, result)
     return PreferenceOutput(
         loss, losses, result.chosen_rewards, result.rejected_rewards, result.logps
     )
+
+
+def _forward(
+    token_logps: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    impl: str,
+    **options: Any,
+) -> PreferenceForward:
+    chosen = choose_impl("preference_loss", impl, token_logps.device, token_logps.dtype)
+    module = importlib.import_module(f".preference_loss_{chosen}", __package__)
+    with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
+        return module.forward(
+            token_logps, cu_responses, pairs, ref_token_logps, ref_logps, **options
+        )
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -127,18 +144,117 @@ class _PreferenceLoss(torch.autograd.Function):
                 g += grad_loss / max(len(g), 1)
             if grad_losses is not None:
                 g += grad_losses
-            sides = torch.cat([g * chosen_slope, g * rejected_slope])  # [2P]
-            responses = torch.cat([pairs[:, 0], pairs[:, 1]])
-            per_response = _sum_by(responses, sides, len(cu_responses) - 1)  # [R]
-            owner = torch.searchsorted(
-                cu_responses[1:].contiguous(),
-                torch.arange(len(token_logps), device=pairs.device),
-                right=True,
-            )
-            grad = per_response[owner].to(token_logps.dtype)
+            slopes = (chosen_slope, rejected_slope)
+            grad = _token_grad(g, cu_responses, pairs, *slopes, len(token_logps), token_logps.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             grad = _Once.apply(token_logps, grad_loss, grad_losses, grad)
         return grad, None, None, None
+
+
+def _token_grad(
+    g: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    chosen_slope: Tensor,
+    rejected_slope: Tensor,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient [N] of sum_p g_p loss_p: a response's is that of each of its tokens."""
+    sides = torch.cat([g * chosen_slope, g * rejected_slope])  # [2P]
+    responses = torch.cat([pairs[:, 0], pairs[:, 1]])
+    per_response = _sum_by(responses, sides, len(cu_responses) - 1).to(dtype)  # [R]
+    return per_response.repeat_interleave(cu_responses.diff(), output_size=n)
+
+
+# ---- in a graph of torch.compile: opaque ops, values checked when it runs
+
+_NAMESPACE = (__package__ or "fastdpo_kernels").replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::preference_loss", mutates_args=())
+def _in_graph(
+    token_logps: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    impl: str,
+) -> list[Tensor]:
+    """The fields of a `PreferenceForward`, in order; gradients go through the losses alone."""
+    if token_logps.device.type == "cpu":
+        _check_values(cu_responses, pairs, len(token_logps))
+    result = _forward(
+        token_logps, cu_responses, pairs, ref_token_logps, ref_logps,
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, impl=impl,
+    )  # fmt: skip
+    return list(vars(result).values())
+
+
+@_in_graph.register_fake
+def _(token_logps, cu_responses, pairs, ref_token_logps, ref_logps, *options):
+    dtype = torch.promote_types(token_logps.dtype, torch.float32)
+    p, r = pairs.shape[0], cu_responses.shape[0] - 1
+    return [token_logps.new_empty(size, dtype=dtype) for size in (p, p, p, r, p, p)]
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::preference_loss_grad", mutates_args=())
+def _grad_in_graph(
+    g: Tensor,
+    cu_responses: Tensor,
+    pairs: Tensor,
+    chosen_slope: Tensor,
+    rejected_slope: Tensor,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _token_grad(g, cu_responses, pairs, chosen_slope, rejected_slope, n, dtype)
+
+
+@_grad_in_graph.register_fake
+def _(g, cu_responses, pairs, chosen_slope, rejected_slope, n, dtype):
+    return g.new_empty(n, dtype=dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    token_logps, cu_responses, pairs, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.n, ctx.dtype = token_logps.shape[0], token_logps.dtype
+    ctx.save_for_backward(cu_responses, pairs, *output[4:])
+
+
+def _backward(ctx, grads):
+    grad = None
+    if grads[0] is not None:
+        grad = cast(Any, _grad_in_graph)(grads[0], *ctx.saved_tensors, ctx.n, ctx.dtype)
+    return (grad,) + (None,) * 8
+
+
+def _no_second(ctx, grad):
+    raise RuntimeError(SECOND)
+
+
+def _no_vmap(info, in_dims, *args):
+    raise RuntimeError(TRANSFORMED)
+
+
+_in_graph.register_autograd(_backward, setup_context=_setup)
+_grad_in_graph.register_autograd(_no_second)
+_in_graph.register_vmap(_no_vmap)
+_grad_in_graph.register_vmap(_no_vmap)
+
+
+SECOND = (
+    "preference_loss has no second derivative: its gradient was finished in the forward "
+    'pass; use impl="reference" to differentiate twice'
+)
+TRANSFORMED = (
+    "preference_loss does not work under torch.func transforms (vmap, grad, jvp): "
+    "call it on the whole pack, its pairs are independent"
+)
 
 
 class _Once(torch.autograd.Function):
@@ -150,10 +266,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "preference_loss has no second derivative: its gradient was finished in the forward "
-            'pass; use impl="reference" to differentiate twice'
-        )
+        raise RuntimeError(SECOND)
 
 
 def _mean(losses: Tensor) -> Tensor:
@@ -163,6 +276,8 @@ def _mean(losses: Tensor) -> Tensor:
 
 def _sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Sums `values` that share an index in [0, size), in the order they stand in: no atomics."""
+    if values.device.type == "cpu":  # one thread, front to back
+        return values.new_zeros(size).index_add_(0, index, values)
     index, order = torch.sort(index, stable=True)
     bounds = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
     return torch.segment_reduce(values[order], "sum", offsets=bounds, initial=0)
@@ -201,11 +316,8 @@ def _check(
             raise ValueError(
                 f"preference_loss: {name} is on {tensor.device}, not on {token_logps.device}"
             )
-        if is_transformed(tensor):
-            raise RuntimeError(
-                "preference_loss does not work under torch.func transforms (vmap, grad, jvp): "
-                "call it on the whole pack, its pairs are independent"
-            )
+        if not torch.compiler.is_compiling() and is_transformed(tensor):
+            raise RuntimeError(TRANSFORMED)
     n, r = len(token_logps), len(cu_responses) - 1
     if r < 0:
         raise ValueError(
@@ -221,27 +333,26 @@ def _check(
         raise ValueError(
             f"preference_loss: expected {r} ref_logps (responses), got {len(ref_logps)}"
         )
-    if token_logps.device.type == "cpu":
-        _check_values(cu_responses, pairs, n, r)
 
 
-def _check_values(cu_responses: Tensor, pairs: Tensor, n: int, r: int) -> None:
+def _check_values(cu_responses: Tensor, pairs: Tensor, n: int) -> None:
     """What can be seen without waiting for a device."""
+    r = len(cu_responses) - 1
     first, last = int(cu_responses[0]), int(cu_responses[-1])
     if first != 0 or last != n:
         raise ValueError(
             f"preference_loss: cu_responses must run from 0 to N={n}, got {first} to {last}"
         )
-    falls = cu_responses.diff() < 0
-    if falls.any():
-        at = int(falls.nonzero()[0])
+    steps = cu_responses.diff()
+    if r and int(steps.min()) < 0:
+        at = int((steps < 0).nonzero()[0])
         raise ValueError(
             f"preference_loss: cu_responses falls from {int(cu_responses[at])} to "
             f"{int(cu_responses[at + 1])} at response {at}"
         )
-    outside = ((pairs < 0) | (pairs >= r)).any(1)
-    if outside.any():
-        at = int(outside.nonzero()[0])
+    least, most = (int(end) for end in pairs.aminmax()) if len(pairs) else (0, r - 1)
+    if least < 0 or most >= r:
+        at = int(((pairs < 0) | (pairs >= r)).any(1).nonzero()[0])
         raise ValueError(
             f"preference_loss: pairs[{at}] = {pairs[at].tolist()} names a response outside [0, {r})"
         )
@@ -253,7 +364,7 @@ def _check_options(beta: float, loss_type: str, label_smoothing: float) -> None:
             f"preference_loss: loss_type={loss_type!r} is not fused; expected one of "
             f"{', '.join(LOSS_TYPES)}"
         )
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(

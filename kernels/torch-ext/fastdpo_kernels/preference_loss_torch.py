@@ -37,19 +37,20 @@ def forward(
     else:
         assert ref_logps is not None
         ratios = logps - ref_logps.double()
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
-    margins = beta * (ratios[chosen] - ratios[rejected])  # [P]
+    rewards = beta * ratios[pairs]  # [P, 2]
+    margins = rewards[:, 0] - rewards[:, 1]  # [P]
     if loss_type == "ipo":
         lengths = bounds.diff().clamp(min=1).double()
-        gap = ratios[chosen] / lengths[chosen] - ratios[rejected] / lengths[rejected]
-        off = gap - 1 / (2 * beta)
+        chosen, rejected = (ratios / lengths)[pairs].unbind(1)
+        off = chosen - rejected - 1 / (2 * beta)
         losses = off * off
-        chosen_slope = 2 * off / lengths[chosen]
-        rejected_slope = -2 * off / lengths[rejected]
+        chosen_slope, rejected_slope = (2 * off[:, None] / lengths[pairs]).unbind(1)
+        rejected_slope = -rejected_slope
     else:
         if loss_type == "sigmoid":
-            right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
-            losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+            losses = -F.logsigmoid(margins)
+            if label_smoothing:
+                losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
             chosen_slope = beta * (label_smoothing - torch.sigmoid(-margins))
         else:  # hinge
             losses = (1 - margins).clamp(min=0)
@@ -59,8 +60,8 @@ def forward(
     out = torch.promote_types(token_logps.dtype, torch.float32)
     return PreferenceForward(
         losses=losses.to(out),
-        chosen_rewards=(beta * ratios[chosen]).to(out),
-        rejected_rewards=(beta * ratios[rejected]).to(out),
+        chosen_rewards=rewards[:, 0].to(out),
+        rejected_rewards=rewards[:, 1].to(out),
         logps=logps.to(out),
         chosen_slope=chosen_slope.to(out),
         rejected_slope=rejected_slope.to(out),

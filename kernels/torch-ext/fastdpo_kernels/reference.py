@@ -17,12 +17,16 @@ def logits_reference(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Logits [N, V] of `hidden` [N, D] and `weight` [V, D]."""
+    """Logits [N, V] of `hidden` [N, D] and `weight` [V, D], with `lora` (A [r, D], B [V, r], s)."""
     z = hidden @ weight.mT
+    if lora is not None:
+        a, b, scaling = lora
+        z = z + scaling * (hidden @ a.mT) @ b.mT
     if bias is not None:
         z = z + bias
     z = scale * z
@@ -37,6 +41,7 @@ def linear_logps_reference(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
@@ -51,10 +56,14 @@ def linear_logps_reference(
     ignored = targets == ignore_index
     hidden_rows = hidden.to(dtype).masked_fill(ignored[:, None], 0)
     rounded = weight.to(hidden.dtype).to(dtype)
+    if lora is not None:
+        a, b = (matrix.to(hidden.dtype).to(dtype) for matrix in lora[:2])
+        lora = (a, b, lora[2])
     z = logits_reference(
         hidden_rows,
         rounded,
         bias=None if bias is None else bias.to(dtype),
+        lora=lora,
         softcap=softcap,
         scale=scale,
         temperature=temperature,

@@ -163,12 +163,14 @@ class Problem:
     pass). `float32`: the operands' dtype, else 16-bit. `*_copy`: bytes per row or column of
     operands that are converted chunk by chunk. `kept`: E stays from the forward pass ("weight":
     is there already). `direct`: dW needs no fp32 accumulator as long as all rows are in one chunk.
-    `rich`: bias or softcap. `fields`: partial results per row and tile.
+    `rich`: bias or softcap. `fields`: partial results per row and tile. `d_trained`: columns of dW,
+    those of an adapter where there is one.
     """
 
     work: str
     n: int
     d: int
+    d_trained: int
     v: int
     float32: bool
     rich: bool
@@ -263,8 +265,8 @@ def footprint(problem: Problem, variant: Variant, rows: int, cols: int, splits: 
     size += 8 * 256  # each buffer starts on a boundary of 256 bytes
     if problem.work == "weight":
         if rows < problem.n or not problem.direct:
-            size += cols * problem.d * 4
-        size += rows * problem.d * problem.e_bytes  # the operand
+            size += cols * problem.d_trained * 4
+        size += rows * problem.d_trained * problem.e_bytes  # the operand
         if problem.kept:
             return size
     else:
@@ -312,8 +314,8 @@ def roofline(
         again = 8 if cols < problem.v else 4  # accumulating reads what was there
         seconds += gemm(library, rows, problem.d, cols, again * rows * problem.d * splits, splits)
     elif problem.work == "weight":
-        seconds += gemm(library, cols, problem.d, rows, 4 * cols * problem.d)
-        seconds += 2 * width * rows * problem.d / device.bandwidth  # the operand's copy
+        seconds += gemm(library, cols, problem.d_trained, rows, 4 * cols * problem.d_trained)
+        seconds += 2 * width * rows * problem.d_trained / device.bandwidth  # the operand's copy
     return chunks * (seconds + launches * _LAUNCH)
 
 

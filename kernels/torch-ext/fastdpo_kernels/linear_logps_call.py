@@ -1,0 +1,281 @@
+"""A call of `linear_logps`: its arguments checked, and the implementation that was chosen.
+
+What both ways to call it share, eager (`linear_logps.py`) and compiled (`linear_logps_graph.py`).
+"""
+
+import dataclasses
+import importlib
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .impls import STATS, ForwardResult, choose_impl, is_transformed
+
+NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Lora = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is to be computed, and by which implementation.
+
+    `rounded`: the dtype that operands are multiplied in. `need_weight_grad`: of the adapter
+    [V, r] where there is one.
+    """
+
+    impl: str
+    rounded: torch.dtype
+    softcap: float | None
+    scale: float
+    temperature: float
+    ignore_index: int
+    stats: tuple[str, ...]
+    workspace_bytes: int
+    need_hidden_grad: bool
+    need_weight_grad: bool
+    need_bias_grad: bool
+
+    def chosen(self, device: torch.device, weight_dtype: torch.dtype) -> "Call":
+        """The call with "auto" resolved. Raises if what was asked for cannot run."""
+        impl = choose_impl("linear_logps", self.impl, device, self.rounded, weight_dtype)
+        return dataclasses.replace(self, impl=impl)
+
+    @property
+    def need_head_grad(self) -> bool:
+        return self.need_weight_grad or self.need_bias_grad
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        adapter: Tensor | None,
+        *,
+        keep: bool,
+    ) -> ForwardResult:
+        """`keep`: the exponentials may stay for `weight_grad`, where the workspace has room."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return self._module.forward(
+                hidden.detach().to(self.rounded),
+                weight.detach(),
+                targets,
+                adapter=_detach(adapter),
+                bias=_detach(bias),
+                **self._transform,
+                stats=self.stats,
+                need_hidden_grad=self.need_hidden_grad,
+                need_weight_grad=self.need_head_grad,
+                keep=keep,
+                workspace_bytes=self.workspace_bytes,
+            )
+
+    def weight_grad(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        adapter: Tensor | None,
+        saved: tuple[Tensor, ...],
+        grad_logps: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dW [V, D], or the adapter's [V, r], and db [V] (None if not asked for)."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return self._module.weight_grad(
+                hidden.detach().to(self.rounded),
+                weight.detach(),
+                targets,
+                saved,
+                grad_logps.detach(),
+                adapter=_detach(adapter),
+                bias=_detach(bias),
+                **self._transform,
+                workspace_bytes=self.workspace_bytes,
+                need_bias_grad=self.need_bias_grad,
+            )
+
+    @property
+    def _module(self) -> Any:
+        return importlib.import_module(f".linear_logps_{self.impl}", __package__)
+
+    @property
+    def _transform(self) -> dict[str, Any]:
+        return {
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+        }
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    stats: tuple[str, ...],
+    workspace_bytes: int,
+) -> None:
+    """Raises TypeError or ValueError, naming both sides, for arguments that do not fit."""
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets}
+    if bias is not None:
+        tensors["bias"] = bias
+    if lora is not None:
+        if len(lora) != 3:
+            raise ValueError(f"linear_logps: lora must be (A, B, scaling), got {len(lora)} values")
+        tensors |= {"lora's A": lora[0], "lora's B": lora[1]}
+    for name, tensor in tensors.items():
+        _check_kind(name, tensor)
+    dims = {"targets": 1, "bias": 1}
+    for name, tensor in tensors.items():
+        if tensor.ndim != dims.get(name, 2):
+            shape = tuple(tensor.shape)
+            raise ValueError(
+                f"linear_logps: {name} must have {dims.get(name, 2)} dimension(s), got {shape}"
+            )
+    (n, d), (v, weight_d) = hidden.shape, weight.shape
+    if d != weight_d:
+        raise ValueError(f"linear_logps: expected D={weight_d} (weight), got {d} (hidden)")
+    if v == 0 or d == 0:
+        raise ValueError(f"linear_logps: weight is empty: {tuple(weight.shape)}")
+    if len(targets) != n:
+        raise ValueError(f"linear_logps: expected {n} targets (rows of hidden), got {len(targets)}")
+    if bias is not None and len(bias) != v:
+        raise ValueError(f"linear_logps: expected {v} biases (rows of weight), got {len(bias)}")
+    if lora is not None:
+        _check_lora(lora, weight)
+    for name, tensor in tensors.items():
+        if name == "targets":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"linear_logps: targets must be int64, got {tensor.dtype}")
+        elif tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"linear_logps: {name} is {tensor.dtype}; expected float64, float32, float16 or "
+                "bfloat16 (dequantize a quantized head first)"
+            )
+        elif name != "bias" and (hidden.dtype == torch.float64) != (tensor.dtype == torch.float64):
+            raise TypeError(
+                f"linear_logps: float64 mixes with nothing else: hidden is {hidden.dtype}, "
+                f"{name} {tensor.dtype}"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"linear_logps: {name} is on {tensor.device}, hidden on {hidden.device}"
+            )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"linear_logps: softcap must be positive or None, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"linear_logps: temperature must be positive, got {temperature}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"linear_logps: scale must be finite, got {scale}")
+    for name in stats:
+        if name not in STATS:
+            raise ValueError(
+                f"linear_logps: no statistic is called {name!r}; expected {', '.join(STATS)}"
+            )
+    if len(set(stats)) != len(stats):
+        raise ValueError(f"linear_logps: stats names one twice: {', '.join(stats)}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"linear_logps: workspace_bytes must be positive, got {workspace_bytes}")
+
+
+def _check_lora(lora: Lora, weight: Tensor) -> None:
+    a, b, scaling = lora
+    (r, a_d), (b_v, b_r), (v, d) = a.shape, b.shape, weight.shape
+    if a_d != d or b_v != v or r != b_r or r == 0:
+        raise ValueError(
+            f"linear_logps: lora must be A [r, D={d}] and B [V={v}, r], got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not -math.inf < scaling < math.inf:
+        raise ValueError(f"linear_logps: lora's scaling must be finite, got {scaling}")
+    if weight.requires_grad:
+        raise ValueError(
+            "linear_logps: weight requires a gradient beneath a lora adapter; freeze it "
+            "(requires_grad_(False)), or merge the adapter to train the whole head"
+        )
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Refuses what only looks like a plain tensor, by name."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"linear_logps: {name} must be a tensor, got {type(tensor).__name__}")
+    kind = type(tensor).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        raise TypeError(
+            f"linear_logps: {name} is a bitsandbytes {kind}; dequantize it, or keep the head "
+            "unquantized (transformers does by default)"
+        )
+    if kind == "DTensor":
+        raise TypeError(f"linear_logps: {name} is a DTensor; pass its full_tensor()")
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        raise TypeError(f"linear_logps: {name} is a ZeRO-3 shard; gather it around the call")
+    if not torch.compiler.is_compiling() and is_transformed(tensor):
+        raise RuntimeError(TRANSFORMED)
+
+
+TRANSFORMED = (
+    "linear_logps does not work under torch.func transforms (vmap, grad, jvp): "
+    "call it on the whole batch, its rows are independent"
+)
+
+
+def check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Returns targets safe to index with, and which were not (None on a CPU: it raises)."""
+    bad = outside(targets, v, ignore_index)
+    if targets.device.type == "cpu":
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(_bad_target(row, int(targets[row]), v, ignore_index))
+        return targets, None
+    raise_bad_targets()
+    if len(targets) == 0:
+        return targets, None
+    if targets.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        row = bad.int().argmax(0, keepdim=True)  # [1]: gathered, for an index would be waited for
+        report = torch.cat([bad.gather(0, row).long(), row, targets.gather(0, row)])
+        host = torch.empty(3, dtype=torch.int64, pin_memory=True)
+        host.copy_(report, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(targets.device))
+        _pending.append((done, host, v, ignore_index))
+    return targets.masked_fill(bad, ignore_index), bad
+
+
+def outside(targets: Tensor, v: int, ignore_index: int) -> Tensor:
+    """Which targets are neither in the vocabulary nor ignored: [N] bool."""
+    return (targets != ignore_index) & ((targets < 0) | (targets >= v))
+
+
+# Reports on their way from a GPU, oldest first.
+_pending: deque[tuple[Any, Tensor, int, int]] = deque()
+
+
+def raise_bad_targets() -> None:
+    """Raises for a bad target of an earlier call whose report has arrived; waits for none."""
+    while _pending and _pending[0][0].query():
+        _, host, v, ignore_index = _pending.popleft()
+        found, row, target = host.tolist()
+        if found:
+            raise ValueError("in an earlier call, " + _bad_target(row, target, v, ignore_index))
+
+
+def _bad_target(row: int, target: int, v: int, ignore_index: int) -> str:
+    way_out = f"mark rows to leave out with ignore_index={ignore_index}"
+    if ignore_index == NO_TARGET:
+        way_out = "pass only the rows to be scored"
+    return f"linear_logps: targets[{row}] = {target} is outside [0, V={v}); {way_out}"

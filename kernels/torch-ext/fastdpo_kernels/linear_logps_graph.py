@@ -1,0 +1,188 @@
+"""`linear_logps` in a graph of torch.compile: two opaque ops, and how autograd joins them.
+
+A graph must know every shape beforehand, so exponentials are never kept for dW here. Arguments
+arrive as the public op passes them on; values (targets) are checked when the graph runs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .linear_logps_call import TRANSFORMED, Call, check_targets, outside, raise_bad_targets
+
+_NAMESPACE = (__package__ or "fastdpo_kernels").replace(".", "_")
+
+
+def linear_logps_in_graph(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs [N] and the statistics that the call names."""
+    outputs = cast(Any, _forward)(hidden, weight, targets, bias, adapter, *_flat(call))
+    return outputs[0], [found.detach() for found in outputs[1 : 1 + len(call.stats)]]
+
+
+def _flat(call: Call) -> tuple[Any, ...]:
+    """The call as an op can take it: its fields in order, the names of statistics in one string."""
+    return (
+        call.impl, call.rounded, call.softcap, call.scale, call.temperature, call.ignore_index,
+        ",".join(call.stats), call.workspace_bytes, call.need_hidden_grad, call.need_weight_grad,
+        call.need_bias_grad,
+    )  # fmt: skip
+
+
+def _call(hidden: Tensor, weight: Tensor, flat: Sequence[Any]) -> Call:
+    fields = list(flat)
+    fields[6] = tuple(name for name in fields[6].split(",") if name)
+    return Call(*fields).chosen(hidden.device, weight.dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logps", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None,
+    impl: str,
+    rounded: torch.dtype,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+    stats: str,
+    workspace_bytes: int,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+) -> list[Tensor]:
+    """[log-probs, statistics ..., d hidden up to a factor per row (or empty), saved ...]."""
+    flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
+            need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
+    call = _call(hidden, weight, flat)
+    targets, bad = check_targets(targets, weight.shape[0], ignore_index)
+    result = call.forward(hidden, weight, targets, bias, adapter, keep=False)
+    logps = result.token_logps if bad is None else result.token_logps.masked_fill(bad, math.nan)
+    grad = result.hidden_grad
+    if grad is None:
+        grad = hidden.new_empty(0, dtype=rounded)
+    return [logps, *(getattr(result.stats, name) for name in call.stats), grad, *result.saved]
+
+
+@_forward.register_fake
+def _(hidden, weight, targets, bias, adapter, *flat):
+    call = _call(hidden, weight, flat)
+    n = hidden.shape[0]
+    wide = torch.promote_types(call.rounded, torch.float32)
+
+    def rows(dtype: torch.dtype = wide) -> Tensor:
+        return hidden.new_empty(n, dtype=dtype)
+
+    found = [rows(torch.bool if name == "is_top1" else wide) for name in call.stats]
+    shape = hidden.shape if call.need_hidden_grad else (0,)
+    saved = []
+    if call.need_head_grad:
+        saved = [rows() for _ in range(3)]
+        if call.impl == "triton":
+            saved = [rows(torch.int32), *saved]
+    return [rows(), *found, hidden.new_empty(shape, dtype=call.rounded), *saved]
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logps_weight_grad", mutates_args=())
+def _weight_grad(
+    grad_logps: Tensor,
+    saved: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None,
+    impl: str,
+    rounded: torch.dtype,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+    stats: str,
+    workspace_bytes: int,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+) -> list[Tensor]:
+    """[dW [V, D] or the adapter's gradient [V, r], db [V] if due]."""
+    flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
+            need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
+    raise_bad_targets()
+    targets = targets.masked_fill(outside(targets, weight.shape[0], ignore_index), ignore_index)
+    grads = _call(hidden, weight, flat).weight_grad(
+        hidden, weight, targets, bias, adapter, tuple(saved), grad_logps
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+@_weight_grad.register_fake
+def _(grad_logps, saved, hidden, weight, targets, bias, adapter, *flat):
+    trained = weight if adapter is None else adapter
+    grads = [torch.empty_like(trained, memory_format=torch.contiguous_format)]
+    if flat[-1]:
+        grads.append(torch.empty_like(bias))
+    return grads
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, targets, bias, adapter, *ctx.flat = inputs
+    call = _call(hidden, weight, ctx.flat)
+    ctx.set_materialize_grads(False)
+    ctx.hidden_dtype = hidden.dtype
+    grad, *saved = output[1 + len(call.stats) :]
+    head = [hidden, weight, targets, bias, adapter] if call.need_head_grad else [None] * 5
+    ctx.save_for_backward(grad, *head, *saved)
+
+
+def _backward(ctx, grads):
+    *_, need_hidden_grad, need_weight_grad, need_bias_grad = ctx.flat
+    none = (None,) * len(ctx.flat)
+    grad_logps = grads[0]
+    if grad_logps is None:
+        return (None,) * 5 + none
+    unscaled, hidden, weight, targets, bias, adapter, *saved = ctx.saved_tensors
+    d_hidden = d_trained = d_bias = None
+    if need_hidden_grad:
+        d_hidden = (unscaled * grad_logps[:, None]).to(ctx.hidden_dtype)
+    if need_weight_grad or need_bias_grad:
+        d_trained, *rest = cast(Any, _weight_grad)(
+            grad_logps, saved, hidden, weight, targets, bias, adapter, *ctx.flat
+        )
+        d_bias = rest[0] if rest else None
+        if not need_weight_grad:
+            d_trained = None
+    d_weight, d_adapter = (d_trained, None) if adapter is None else (None, d_trained)
+    return d_hidden, d_weight, None, d_bias, d_adapter, *none
+
+
+_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _no_second(ctx, grads):
+    raise RuntimeError(
+        "linear_logps has no second derivative: its gradient was finished in the forward pass; "
+        'use impl="reference" to differentiate twice'
+    )
+
+
+_weight_grad.register_autograd(_no_second)
+
+
+def _no_vmap(info, in_dims, *args):
+    raise RuntimeError(TRANSFORMED)
+
+
+_forward.register_vmap(_no_vmap)
+_weight_grad.register_vmap(_no_vmap)
