@@ -1,8 +1,9 @@
 """Training, whole trainers side by side: pairs/s, tokens/s, utilisation, peak memory, waste.
 
 `python -m benchmarks.bench_train_step`: on a GPU random models of 0.5B to 8B on pairs of token
-ids; on a CPU real HH pairs and a 2M Llama, construction and training timed together. Prints a
-table and writes JSON and PNG. `pytest benchmarks/bench_train_step.py` times the CPU case with
+ids; on a CPU real HH pairs and a 2M Llama, construction and training timed together. Then a
+profile says which phase takes how long, and how far that is from the least. Prints tables and
+writes JSON and PNG. `pytest benchmarks/bench_train_step.py` times the CPU case with
 pytest-benchmark.
 """
 
@@ -21,11 +22,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from . import ROOT, hh, peers, workloads
+from . import ROOT, hh, peers, phases, workloads
 from .harness import (
     Budget,
     Results,
     command_line,
+    copy_bytes_per_second,
     default_device,
     environment,
     matmul_flops_per_second,
@@ -42,12 +44,13 @@ class Case:
     """One row group of the table: a model, a way to tune it, and what its pairs look like."""
 
     shape: str
-    tuning: str  # lora | full
-    lengths: str  # hh | ultrafeedback | hh-text: the real pairs
+    tuning: str  # lora | qlora | full
+    lengths: str  # hh | ultrafeedback | long | hh-text: the real pairs
     pairs_per_step: int
     steps: int  # timed
     trainers: tuple[str, ...]
     max_length: int = 2048
+    max_tokens_per_pack: int | None = None  # None: fastdpo's default
 
     @property
     def name(self) -> str:
@@ -63,6 +66,14 @@ GPU_CASES = (
     Case("1B", "lora", "ultrafeedback", 16, 8, _ALL),
     Case("0.5B", "full", "hh", 16, 12, _ALL),
     Case("1B", "full", "ultrafeedback", 16, 8, _ALL),
+    Case("8B", "qlora", "hh", 16, 6, _ALL),
+    Case("3B", "lora", "hh", 16, 8, _ALL),
+    Case("3B", "lora", "ultrafeedback", 16, 6, _ALL),
+    Case("1B", "lora", "long", 8, 6, _ALL, max_length=8192),
+    Case("8B", "lora", "long", 8, 4, _ALL, max_length=8192),
+    Case("3B", "full", "hh", 16, 6, _ALL),
+    Case("0.5B", "lora", "ultrafeedback", 16, 8, _ALL),
+    Case("8B", "qlora", "ultrafeedback", 16, 4, _ALL),
 )
 CPU_CASES = (
     Case("tiny-untied", "full", "hh-text", 8, 32, _ALL[:2]),
@@ -73,7 +84,7 @@ SMOKE_CASES = (
     Case("tiny", "full", "ultrafeedback", 2, 1, _ALL[:2], max_length=64),
 )
 # The least seconds to start a run with: what loading and two epochs took, rounded up.
-SECONDS_NEEDED = {"tiny": 5, "tiny-untied": 5, "0.5B": 30, "1B": 40, "8B": 75}
+SECONDS_NEEDED = {"tiny": 5, "tiny-untied": 5, "0.5B": 30, "1B": 40, "3B": 60, "8B": 75}
 
 
 @dataclass
@@ -102,24 +113,53 @@ class Bench:
             rows=self.rows,
             pairs_per_step=self.case.pairs_per_step,
             max_length=self.case.max_length,
-            lora=self.case.tuning == "lora",
+            lora=self.case.tuning != "full",
             bf16=cuda,
             device=self.device,
             epochs=self.epochs,
             gradient_checkpointing=cuda,
+            max_tokens_per_pack=self.case.max_tokens_per_pack,
         )
 
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """The policy and, for full fine-tuning, the reference; frozen LoRA bases are in bf16."""
-        bf16 = self.device.type == "cuda" and self.case.tuning == "lora"
+        bf16 = self.device.type == "cuda" and self.case.tuning != "full"
         dtype = torch.bfloat16 if bf16 else torch.float32
         peaked = self.case.lengths != "hh-text"  # real targets under a peaked random head: no
         policy = workloads.random_model(self.case.shape, self.device, dtype, peaked=peaked)
-        return policy, None if self.case.tuning == "lora" else copy.deepcopy(policy)
+        if self.case.tuning == "qlora":
+            workloads.quantize_nf4(policy)
+        return policy, copy.deepcopy(policy) if self.case.tuning == "full" else None
 
     def measure(self, trainer: str) -> peers.Timing:
         policy, ref_model = self.models()
         return peers.run(trainer, self.job(), policy, ref_model, self.tokenizer)
+
+    def profile(self, trainer: str, rates: dict[str, float]) -> dict[str, Any]:
+        """Seconds by phase over the second half of a run, and how far from the least they are."""
+        job = self.job()
+        last = job.epochs * job.steps_per_epoch
+        watch = phases.ProfileSteps(self.device, last // 2, last)
+        policy, ref_model = self.models()
+        peers.run(trainer, job, policy, ref_model, self.tokenizer, [watch])
+        flops = workloads.flops_by_phase(
+            workloads.SHAPES[self.case.shape],
+            self.lengths,
+            lora=self.case.tuning != "full",
+            live_reference=not peers.precomputes_reference(trainer),
+        )
+        share = (last - last // 2) / job.steps_per_epoch  # of the pairs, in these steps
+        return {
+            "steps": last - last // 2,
+            "wall_seconds": watch.wall,
+            "phases": phases.against_least(
+                watch.seconds,
+                watch.elements,
+                {phase: share * count for phase, count in flops.items()},
+                element_size=2 if self.device.type == "cuda" else 4,
+                **rates,
+            ),
+        }
 
 
 def _hh_text(data: Path, n_pairs: int) -> tuple[list[dict], PreTrainedTokenizerFast, np.ndarray]:
@@ -151,7 +191,7 @@ def figures(bench: Bench, trainer: str, timing: peers.Timing, peak_flops: float)
     flops = workloads.necessary_flops(
         workloads.SHAPES[case.shape],
         lengths,
-        lora=case.tuning == "lora",
+        lora=case.tuning != "full",
         live_reference=not peers.precomputes_reference(trainer),
     )
     tokens = workloads.necessary_tokens(lengths)
@@ -187,7 +227,7 @@ def measure_all(
         bench = None
         for repeat, trainer in _turns(case, repeats):
             key = f"{case.name}/{trainer}/{repeat}"
-            reason = peers.absent(trainer)
+            reason = peers.absent(trainer) or workloads.absent(case.tuning)
             if reason is None and not budget.allows(SECONDS_NEEDED[case.shape]):
                 reason = "no time left"
             if results.has(key) or reason is not None:
@@ -204,6 +244,50 @@ def measure_all(
             speed = row.get("pairs_per_second")
             print(f"{key}: {row.get('error') or f'{speed:.2f} pairs/s'}", file=sys.stderr)
     return left_out
+
+
+def profile_all(
+    cases: Sequence[Case],
+    results: Results,
+    *,
+    device: torch.device,
+    data: Path,
+    budget: Budget,
+    rates: dict[str, float],
+) -> list[str]:
+    """Profiles fastdpo and TRL on every case that is not in `results` yet; returns what is left."""
+    left_out = []
+    for case in cases:
+        for trainer in ("fastdpo", "trl"):
+            key = f"{case.name}/{trainer}/phases"
+            reason = peers.absent(trainer) or workloads.absent(case.tuning)
+            if reason is None and not budget.allows(SECONDS_NEEDED[case.shape]):
+                reason = "no time left"
+            if results.has(key) or reason is not None:
+                left_out += [f"{key}: {reason}"] if reason else []
+                continue
+            steps = min(case.steps, 4)
+            bench = Bench(dataclasses.replace(case, steps=steps), device, data)
+            try:
+                found = bench.profile(trainer, rates)
+            except torch.OutOfMemoryError:
+                left_out.append(f"{key}: out of memory")
+                continue
+            results.add(key, case=case.name, trainer=trainer, **found)
+    return left_out
+
+
+def phases_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Share of the time by phase, and in brackets how many times the least possible that is."""
+    lines = []
+    for row in rows:
+        cells = []
+        for phase in phases.PHASES:
+            found = row["phases"][phase]
+            times = found["times_least"]
+            cells.append(f"{found['share']:.0%}" + (f" ({times:.1f}x)" if times else ""))
+        lines.append([row["case"], row["trainer"], *cells])
+    return table(["case", "trainer", *phases.PHASES], lines)
 
 
 def _turns(case: Case, repeats: int) -> Iterator[tuple[int, str]]:
@@ -227,7 +311,7 @@ def summaries(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per case and trainer the medians over repeats, and pairs/s against both of TRL's rows."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        if "error" not in row:
+        if "error" not in row and "phases" not in row:
             groups.setdefault((row["case"], row["trainer"]), []).append(row)
     result = []
     for (case, trainer), group in groups.items():
@@ -291,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="of every run; medians are shown")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny models: does everything run?")
+    parser.add_argument("--no-phases", action="store_true", help="time only, profile nothing")
     parser.add_argument("--data", type=Path, default=hh.DATA, help="folder of the HH pairs (CPU)")
     options = parser.parse_args(argv)
     device = default_device()
@@ -308,16 +393,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"bench_train_step: error: {error}\n")
     budget = Budget(options.seconds)
     peak_flops = matmul_flops_per_second(device)
-    results.extra["matmul_tflops"] = peak_flops / 1e12
-    left_out = measure_all(
-        cases,
-        results,
-        device=device,
-        data=options.data,
-        repeats=options.repeats or (1 if cuda or options.smoke else 3),
-        budget=budget,
-        peak_flops=peak_flops,
-    )
+    bandwidth = copy_bytes_per_second(device)
+    results.extra |= {"matmul_tflops": peak_flops / 1e12, "copy_gb_per_second": bandwidth / 1e9}
+    left_out = []
+    shared = {"device": device, "data": options.data, "budget": budget}
+    repeats = options.repeats or (1 if cuda or options.smoke else 3)
+    rates = {"flops_per_second": peak_flops, "bytes_per_second": bandwidth}
+    for case in cases:
+        left_out += measure_all([case], results, repeats=repeats, peak_flops=peak_flops, **shared)
+        if not options.no_phases:
+            left_out += profile_all([case], results, rates=rates, **shared)
     summary = summaries(results.rows)
     results.extra |= {"left_out": left_out, "summary": summary}
     results.save()
@@ -326,6 +411,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot(summary, path.with_suffix(".png"), title)
     print(f"{title}; square matmul {peak_flops / 1e12:.2f} TFLOP/s; {command}")
     print(as_table(summary))
+    profiled = [row for row in results.rows if "phases" in row]
+    if profiled:
+        print("\nshare of the time by phase (times the least possible):")
+        print(phases_table(profiled))
     for line in left_out:
         print(f"left out: {line}")
     return 0

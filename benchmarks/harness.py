@@ -216,6 +216,15 @@ def matmul_flops_per_second(device: torch.device) -> float:
     return 2 * size**3 / seconds
 
 
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy, median of ten after three."""
+    size = 2**28 if device.type == "cuda" else 2**24
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    seconds = median(timed(lambda: target.copy_(source), device, repeats=10, warmup=3))
+    return 2 * source.nbytes / seconds
+
+
 def timed(
     function: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int
 ) -> list[float]:

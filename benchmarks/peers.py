@@ -9,7 +9,7 @@ import gc
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class Job:
     epochs: int = 2
     micro_batch: int = 8  # pairs in a forward pass of a padding trainer; TRL's default
     gradient_checkpointing: bool = True
+    max_tokens_per_pack: int | None = None  # fastdpo's alone; None: its default
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,6 +108,8 @@ def _fastdpo(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
     if "prompt_ids" in job.rows[0]:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         dataset = TokenizedPairs.from_lists(*([row[name] for row in job.rows] for name in names))
+    if job.max_tokens_per_pack is not None:
+        options["max_tokens_per_pack"] = job.max_tokens_per_pack
     return DPOTrainer, DPOConfig(**options), dataset
 
 
@@ -185,6 +188,7 @@ def run(
     model: PreTrainedModel,
     ref_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Timing:
     """Builds `trainer` around the loaded models and trains; both are timed.
 
@@ -213,7 +217,7 @@ def run(
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=lora if job.lora else None,
-            callbacks=[clock],
+            callbacks=[clock, *callbacks],
         )
         synchronize(device)
         built = time.perf_counter()

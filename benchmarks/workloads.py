@@ -5,6 +5,7 @@ scaled so that its logits are peaked as a trained model's are, since flat ones d
 never leave a kernel's fast path. Nothing here trains or measures.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -69,6 +71,13 @@ LENGTHS = {
         0.46,
         0.15,
     ),
+    # Long documents to answer about: an assumption, like no dataset in particular.
+    "long": Lengths(
+        (_mean_to_mu(3000, 0.6), _mean_to_mu(350, 0.7), _mean_to_mu(350, 0.7)),
+        (0.6, 0.7, 0.7),
+        0.46,
+        0.15,
+    ),
 }
 
 
@@ -95,13 +104,17 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
     ),
+    "3B": _llama(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+        num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
     "8B": _llama(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     ),
 }  # fmt: skip
-"""As Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B; tiny is the 2M Llama of benchmarks/hh.py, and
-tiny-untied another of 2M, three quarters of which are embeddings and head."""
+"""As Qwen2.5-0.5B, Llama-3.2-1B and -3B, and Llama-3.1-8B; tiny is the 2M Llama of
+benchmarks/hh.py, and tiny-untied another of 2M, three quarters of it embeddings and head."""
 
 
 def random_model(
@@ -117,6 +130,44 @@ def random_model(
     with torch.no_grad():  # behind the last norm a hidden state has D entries of size about 1
         head.mul_(PEAKED_STD / (head.float().std() * math.sqrt(head.shape[1])).to(head.dtype))
     return model
+
+
+def absent(tuning: str) -> str | None:
+    """Why models can't be tuned this way here, or None."""
+    if tuning == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes not installed"
+    return None
+
+
+def quantize_nf4(model: PreTrainedModel) -> None:
+    """Makes the body's linear layers NF4 in place, as `load_in_4bit` would while loading."""
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+    kind = "nf4"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=model.dtype
+    )
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not torch.nn.Linear or linear is head:
+                continue
+            with torch.device("meta"):
+                quantized = bitsandbytes.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    compute_dtype=model.dtype,
+                    quant_type=kind,
+                )
+            weight = bitsandbytes.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type=kind
+            )
+            quantized.weight = weight.to(linear.weight.device)  # packs it
+            quantized.bias = linear.bias
+            setattr(parent, name, quantized)
+    model.is_quantized = model.is_loaded_in_4bit = True
+    model.config.quantization_config = config
 
 
 def random_rows(lengths: np.ndarray, vocab_size: int, seed: int = 0) -> list[dict]:
@@ -139,7 +190,14 @@ def necessary_tokens(lengths: np.ndarray) -> int:
 def necessary_flops(
     config: PreTrainedConfig, lengths: Sequence | np.ndarray, *, lora: bool, live_reference: bool
 ) -> float:
-    """FLOPs that a DPO step over these pairs [n, 3] can't do without.
+    """FLOPs that a DPO step over these pairs [n, 3] can't do without: the sum over its phases."""
+    return sum(flops_by_phase(config, lengths, lora=lora, live_reference=live_reference).values())
+
+
+def flops_by_phase(
+    config: PreTrainedConfig, lengths: Sequence | np.ndarray, *, lora: bool, live_reference: bool
+) -> dict[str, float]:
+    """Necessary FLOPs of the body's products, the adapters', attention and the head.
 
     No padding, no repeated prompt, no recomputation, no gradient of a frozen weight; the head sees
     response tokens only. Norms, rotations and the optimizer are left out: they are no products.
@@ -159,12 +217,13 @@ def necessary_flops(
     adapter = layers * sum(LORA_RANK * (a + b) for a, b in linears) if lora else 0
     # Causal: a token attends to those before it; QK' and PV are 4 FLOPs a pair of entries.
     seen = prompt**2 / 2 + (responses * prompt[:, None] + responses**2 / 2).sum(1)
-    attention = 4.0 * layers * q * float(seen.sum())
-    head = 2.0 * width * config.vocab_size * scored
-    body = 2.0 * weights * tokens
-    forward = body + attention + head + 2.0 * adapter * tokens
-    backward = body + 2 * attention + head + 4.0 * adapter * tokens
-    if not lora:
-        backward += body + head  # the gradients of the weights
-    reference = body + attention + head if live_reference else 0.0
-    return forward + backward + reference
+    # Forward passes: the policy's, and the reference's. Backward: the gradient of the input, and
+    # of the weight where there is one; attention has the gradients of two products.
+    forwards = 2 if live_reference else 1
+    backwards = 1 if lora else 2
+    return {
+        "GEMMs": 2.0 * weights * tokens * (forwards + backwards),
+        "LoRA": 2.0 * adapter * tokens * 3,
+        "attention": 4.0 * layers * q * float(seen.sum()) * (forwards + 2),
+        "log-probs and loss": 2.0 * width * config.vocab_size * scored * (forwards + backwards),
+    }

@@ -3,6 +3,7 @@
 What they measure on a real machine is in benchmarks/results; no speed is asserted here.
 """
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_train_step, gpu_check, harness, hh, peers, workloads
+from benchmarks import bench_scaling, bench_train_step, gpu_check, harness, hh, peers, workloads
 from tests.tiny import tiny_rows
 
 ENVIRONMENT = {"commit": "a", "device": {}, "python": "3", "versions": {}}
@@ -171,20 +172,33 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
     document = json.loads(path.read_text())
     assert document["environment"]["command"].startswith("python -m benchmarks.bench_train_step")
     assert path.with_suffix(".png").stat().st_size > 1000
-    runs = {(row["case"], row["trainer"]): row for row in document["rows"]}
+    rows = document["rows"]
+    runs = {(row["case"], row["trainer"]): row for row in rows if "phases" not in row}
     absent = [t for t in peers.TRAINERS if peers.absent(t)]
     expected = {(c.name, t) for c in bench_train_step.SMOKE_CASES for t in c.trainers}
     assert set(runs) == {key for key in expected if key[1] not in absent}
-    assert len(document["left_out"]) == len(expected) - len(runs)
+    profiled = {(c, t) for c, t in expected if t in ("fastdpo", "trl")}
+    assert {(r["case"], r["trainer"]) for r in rows if "phases" in r} == profiled & set(runs)
+    missing = [key for key in expected if key[1] in absent]
+    assert len(document["left_out"]) == len(missing) + len(profiled & set(missing))
     for (case, trainer), row in runs.items():
         assert row["pairs_per_second"] > 0 and 0 <= row["waste"] < 1, (case, trainer)
         # The same pairs from the same weights: fp32, a step or two, one loss.
         assert row["last_loss"] == pytest.approx(runs[case, "fastdpo"]["last_loss"], rel=1e-4)
-    assert "pairs/s" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pairs/s" in out and "times the least possible" in out
+
+    # Where the time went: all of it in known phases, LoRA's only where there is LoRA.
+    for row in (row for row in rows if "phases" in row):
+        spent = {phase: found["seconds"] for phase, found in row["phases"].items()}
+        assert sum(spent.values()) == pytest.approx(row["wall_seconds"], rel=0.05)
+        assert (spent["LoRA"] > 0) == ("lora" in row["case"])
+        for phase in ("GEMMs", "attention", "norms", "log-probs and loss", "optimizer"):
+            assert spent[phase] > 0, (row["case"], row["trainer"], phase)
 
     # Resumed with nothing left to do; and stopped for time before it began.
     assert bench_train_step.main(["--smoke", "--output", str(path), "--resume"]) == 0
-    assert len(json.loads(path.read_text())["rows"]) == len(runs)
+    assert len(json.loads(path.read_text())["rows"]) == len(rows)
     late = tmp_path / "late.json"
     assert bench_train_step.main(["--smoke", "--output", str(late), "--seconds", "0"]) == 0
     assert json.loads(late.read_text())["rows"] == []
@@ -267,3 +281,27 @@ def test_hh_reports_a_run(tmp_path, capsys):
     assert "training loss: 0.6950 over the first tenth of the logs, 0.5150 over the last" in printed
     assert "held out: 8 of 10" in printed and "probability 0.05" in printed
     assert json.loads((tmp_path / "hh.json").read_text())["environment"]["command"] == "command"
+
+
+def test_the_scaling_benchmark_sweeps_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+    small = bench_scaling.sweeps(cuda=False)
+    monkeypatch.setattr(
+        bench_scaling,
+        "sweeps",
+        lambda *, cuda: {
+            sweep: [(size, dataclasses.replace(case, steps=1)) for size, case in cases[:2]]
+            for sweep, cases in small.items()
+        },
+    )
+    path = tmp_path / "scaling.json"
+    assert bench_scaling.main(["--output", str(path), "--seconds", "0"]) == 0
+    assert capsys.readouterr().out.count("no time left") == 6
+    assert bench_scaling.main(["--output", str(path), "--resume"]) == 0
+    document = json.loads(path.read_text())
+    assert [row["sweep"] for row in document["rows"]] == [s for s in small for _ in range(2)]
+    assert all(row["ms_per_pair"] > 0 for row in document["rows"])
+    # About 2M parameters, embeddings left out where they are not also the head.
+    sizes = [row["size"] for row in document["rows"] if row["sweep"] == "parameters"]
+    assert 1.1e6 < sizes[1] < sizes[0] < 2.1e6
+    assert path.with_suffix(".png").stat().st_size > 1000
