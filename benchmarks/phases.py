@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
-PHASES = (
+PHASES: tuple[str, ...] = (
     "GEMMs", "attention", "norms", "LoRA", "log-probs and loss", "optimizer", "gathers and copies",
     "elementwise", "idle",
 )  # fmt: skip
@@ -67,7 +67,7 @@ def mark(model: nn.Module) -> list[Any]:
             hooks += _range(module, "norms")
         elif hasattr(module, "lora_A"):
             hooks += _range(module, "LoRA")
-            hooks += _range(module.base_layer, "GEMMs")
+            hooks += _range(module.get_submodule("base_layer"), "GEMMs")
     return hooks
 
 
@@ -93,8 +93,8 @@ class ProfileSteps(TrainerCallback):
         self.elements: dict[str, float] = {}
         self.wall = 0.0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.hooks = mark(model)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.hooks = mark(kwargs["model"])
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.first:
@@ -112,7 +112,7 @@ class ProfileSteps(TrainerCallback):
             self._sum()
 
     def _sum(self) -> None:
-        events = list(self.profile.events())
+        events = list(self.profile.events() or ())
         cuda = self.device.type == "cuda"
         self.wall = (
             max(e.time_range.end for e in events) - min(e.time_range.start for e in events)

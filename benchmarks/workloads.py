@@ -166,7 +166,8 @@ def quantize_nf4(model: PreTrainedModel) -> None:
             quantized.weight = weight.to(linear.weight.device)  # packs it
             quantized.bias = linear.bias
             setattr(parent, name, quantized)
-    model.is_quantized = model.is_loaded_in_4bit = True
+    for name in ("is_quantized", "is_loaded_in_4bit"):  # as transformers' loading marks them
+        setattr(model, name, True)
     model.config.quantization_config = config
 
 
