@@ -9,81 +9,60 @@ No backend here builds a mask over a whole pack, and none applies attention drop
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from .attention_backends import FLASH, RUN, common_dtype, head_dim, missing_for, refuse
+from .attention_flex import flex_attention
 from .batch import PackLayout
 from .errors import ModelError, did_you_mean
 from .rows import gather_rows
 
-BACKENDS = ("varlen_attn", "flash_attention_2", "sdpa")
-"""In the order of preference. Names are transformers', and PyTorch's for its own."""
+logger = logging.getLogger(__name__)
 
-# transformers takes any name with "flash" or "sdpa" in it for its own, with its own conditions.
+# In the order of preference. Names are transformers', and PyTorch's for its own.
+BACKENDS = ("varlen_attn", *FLASH, "flex_attention", "sdpa")
+
+# transformers takes any name with "flash", "flex" or "sdpa" in it for its own.
 _REGISTERED = {
     "varlen_attn": "fastdpo_varlen",
     "flash_attention_2": "fastdpo_fa2",
+    "flash_attention_3": "fastdpo_fa3",
+    "flash_attention_4": "fastdpo_fa4",
+    "flex_attention": "fastdpo_blocks",
     "sdpa": "fastdpo_segments",
 }
-_FLASH_MAX_HEAD_DIM = 256
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 # ---- which backend ---------------------------------------------------------------------------
 
 
-def missing_for(
-    backend: str, *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
-) -> str | None:
-    """What keeps `backend` from running packs of this model here; None where nothing does.
-
-    `dtype` is what attention computes in: the autocast dtype where autocast is on.
-    """
-    if backend == "sdpa":
-        return None
-    if device.type != "cuda":
-        return f"it needs a CUDA device, this is {device.type}"
-    if dtype not in _HALF_DTYPES:
-        return f"it computes in bfloat16 or float16, this is {_dtype_name(dtype)}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
-    head_dim = _head_dim(config)
-    if head_dim is not None and (head_dim > _FLASH_MAX_HEAD_DIM or head_dim % 8):
-        return f"it takes head sizes up to {_FLASH_MAX_HEAD_DIM} in steps of 8, this is {head_dim}"
-    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if backend == "varlen_attn":
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return f"PyTorch has it since 2.10, this is {torch.__version__}"
-        if softcap is not None:
-            return f"it has no softcapping, and this model caps attention logits at {softcap}"
-    elif importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn isn't installed; install fastdpo[flash]"
-    return None
-
-
 def usable_backends(
     name: str | None, *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
 ) -> list[str]:
-    """The backends to try, best first; only `name` if it is given.
+    """The backends to try, best first (on a GPU as measured); only `name` if it is given.
 
     Raises `ModelError` for a name that is no backend, or one that can't run here, with the reason.
     """
     if name is None:
-        return [
+        able = [
             backend
             for backend in BACKENDS
             if missing_for(backend, device=device, dtype=dtype, config=config) is None
         ]
+        kernels = [backend for backend in able if backend in ("varlen_attn", *FLASH)]
+        if len(kernels) > 1:
+            kernels = list(_by_speed(tuple(kernels), device, dtype, _head_shape(config)))
+        return kernels + [backend for backend in able if backend in ("flex_attention", "sdpa")]
     if name not in BACKENDS:
         raise ModelError(
             f"attn_implementation {name!r} can't take packs; choose one of {', '.join(BACKENDS)}"
@@ -102,240 +81,77 @@ def resolve_backend(
     return usable_backends(name, device=device, dtype=dtype, config=config)[0]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# ---- how fast: only kernels that need no compiling are measured; the others are slower --------
 
 
-def _head_dim(config: PretrainedConfig) -> int | None:
+def _head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key heads, head size)."""
     text = config.get_text_config()
-    if getattr(text, "head_dim", None):
-        return int(text.head_dim)
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    return hidden // heads if hidden and heads else None
-
-
-# ---- the backends: q [T, H, D], k and v [T_k, H_kv, D] -> [T, H, D] ----------------------------
-
-
-def _split(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """[T, H, D] -> S of [1, H, length, D]. A split's backward is one concatenation."""
-    return x.transpose(0, 1).unsqueeze(0).split(list(lengths), dim=2)
-
-
-def _segment_masks(
-    layout: PackLayout, window: int | None, device: torch.device
-) -> list[Tensor | None]:
-    """For each segment the [q, k] bool mask, or None where plain causality or no mask serves."""
-    if window is not None and window >= layout.max_seqlen_k:
-        window = None
-    masks = layout.masks.get(window)
-    if masks is None:
-        masks = [
-            _segment_mask(q_end - q_start, k_end - k_start, window, device)
-            for q_start, q_end, k_start, k_end in layout.segments
-        ]
-        layout.masks[window] = masks
-    return masks
-
-
-def _segment_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
-    if (window is None or k <= window) and q in (1, k):
-        return None
-    place = torch.arange(k, device=device)
-    back = place[k - q :, None] - place  # how far behind the query a key lies; bottom-right
-    mask = back >= 0
-    return mask if window is None else mask & (back < window)  # a window counts the token itself
-
-
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PackLayout,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One `scaled_dot_product_attention` a segment; any device and dtype."""
-    q_lengths = [q_end - q_start for q_start, q_end, _, _ in layout.segments]
-    k_lengths = [k_end - k_start for _, _, k_start, k_end in layout.segments]
-    explicit = softcap is not None or sinks is not None
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and (explicit or q.is_cuda):  # on CUDA a mask and grouped heads meet no fast kernel
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = False
-    parts = []
-    for q_part, k_part, v_part, mask in zip(
-        _split(q, q_lengths),
-        _split(k, k_lengths),
-        _split(v, k_lengths),
-        _segment_masks(layout, window, q.device),
-        strict=True,
-    ):
-        if explicit:
-            part = _explicit_attention(q_part, k_part, v_part, mask, scale, softcap, sinks)
-        else:
-            causal = mask is None and q_part.shape[2] > 1
-            part = F.scaled_dot_product_attention(
-                q_part,
-                k_part,
-                v_part,
-                attn_mask=mask,
-                is_causal=causal,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        parts.append(part)
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
-
-
-def _explicit_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention with what SDPA lacks: capped logits (Gemma 2), a sink per head (GPT-OSS)."""
-    scores = (q @ k.mT * scale).to(torch.promote_types(q.dtype, torch.float32))  # [1, H, q, k]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and q.shape[2] > 1:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : k.shape[2]]
-    return weights.to(v.dtype) @ v
+    heads = text.num_attention_heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, head_dim(config) or 64
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
+def _by_speed(
+    backends: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+) -> tuple[str, ...]:
+    """`backends`, the fastest first, by forward and backward of one pack of 16 pairs."""
+    layout = _layout_to_time().map_tensors(lambda t: t.to(device))
+    times: dict[str, float] = {}
+    for backend in backends:
+        try:
+            times[backend] = _milliseconds(backend, layout, device, dtype, shape)
+        except (RuntimeError, ModelError, ImportError) as error:  # built for another device, say
+            logger.warning("%s failed when tried: %s", backend, str(error).splitlines()[0])
+    shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+    logger.info("attention, forward and backward of one layer: %s", shown)
+    return tuple(sorted(times, key=lambda name: times[name]))
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
+
+def _layout_to_time() -> PackLayout:
+    """16 pairs of like shape: prompts of 256 tokens, responses of 128."""
+    from .data import TokenizedPairs
+    from .packing import build_pack
+
+    rng = np.random.default_rng(0)
+    prompts, chosen, rejected = (
+        [rng.integers(1000, size=n).tolist() for _ in range(16)] for n in (256, 129, 129)
+    )
+    layout = build_pack(
+        TokenizedPairs.from_lists(prompts, chosen, rejected), range(16), mode="shared"
+    ).layout
+    assert layout is not None
+    return layout
 
 
-def _varlen_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _milliseconds(
+    backend: str,
     layout: PackLayout,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """PyTorch's variable-length flash attention; its signature differs between 2.10 and 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    _refuse(
-        "varlen_attn", {"softcapping": softcap is not None, "attention sinks": sinks is not None}
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+) -> float:
+    """The median of 5 runs after 2."""
+    heads, key_heads, dim = shape
+    n_q, n_k = layout.segments[-1][1], layout.segments[-1][3]
+    q = torch.randn(n_q, heads, dim, device=device, dtype=dtype, requires_grad=True)
+    k, v = (
+        torch.randn(n_k, key_heads, dim, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(2)
     )
-    parameters = _varlen_parameters()
-    options: dict[str, Any] = {}
-    if "window_size" in parameters:
-        options["window_size"] = (-1, 0) if window is None else (window - 1, 0)
-    else:  # 2.10
-        _refuse(
-            f"varlen_attn of PyTorch {torch.__version__}", {"sliding window": window is not None}
-        )
-        options["is_causal"] = True
-    if "scale" in parameters:
-        options["scale"] = scale
-    else:  # 2.10 always divides by sqrt(D)
-        q = q * (scale * q.shape[-1] ** 0.5)
-    if "enable_gqa" in parameters:  # before that, fewer key heads need no leave
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    q, k, v = _as_half(q, k, v)
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        **options,
-    )
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _flash_attention_2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PackLayout,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The package flash-attn, version 2.1 or newer (bottom-right causal)."""
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    _refuse("flash_attention_2", {"attention sinks": sinks is not None})
-    q, k, v = _as_half(q, k, v)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=layout.cu_seqlens_q,
-        cu_seqlens_k=layout.cu_seqlens_k,
-        max_seqlen_q=layout.max_seqlen_q,
-        max_seqlen_k=layout.max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-_RUN = {"varlen_attn": _varlen_attn, "flash_attention_2": _flash_attention_2, "sdpa": _sdpa}
-
-
-def _refuse(backend: str, asked: dict[str, bool]) -> None:
-    for what, is_asked in asked.items():
-        if is_asked:
-            raise ModelError(f"{backend} has no {what}, which this model needs; try 'sdpa'")
-
-
-def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """One dtype for all: under autocast rotary embeddings give fp32 q and k beside a 16-bit v."""
-    device_type = tensors[0].device.type
-    if len({t.dtype for t in tensors}) == 1:
-        return tensors
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
-        dtype = tensors[-1].dtype  # the values': what the output projection expects
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def _as_half(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What the flash kernels take; under autocast fp32 operands are cast as a matmul's would be."""
-    device_type = tensors[0].device.type
-    dtype = tensors[0].dtype
-    if dtype not in _HALF_DTYPES and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = tuple(t.to(dtype) for t in tensors)
-    if dtype not in _HALF_DTYPES:
-        raise ModelError(
-            f"flash attention computes in bfloat16 or float16, got {_dtype_name(dtype)}; set bf16 "
-            "or dtype, or attn_implementation: sdpa"
-        )
-    return tensors
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        out = RUN[backend](q, k, v, layout, scale=dim**-0.5, window=None, softcap=None, sinks=None)
+        torch.autograd.grad(out.sum(), (q, k, v))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[2:])[2]
 
 
 # ---- what transformers calls -----------------------------------------------------------------
@@ -362,16 +178,19 @@ def _packed_attention(
         layout.trace.append((getattr(module, "layer_idx", None), sliding_window))
     if dropout:
         raise ModelError(f"attention_dropout is {dropout}; packs have none: set it to 0")
-    _refuse(
+    refuse(
         "attention over packs",
         {"position bias": position_bias is not None, "bidirectional layers": is_causal is False},
     )
-    query, key, value = _common_dtype(query, key, value)
+    query, key, value = common_dtype(query, key, value)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    out = _RUN[backend](
+    function = flex_attention
+    if backend != "flex_attention":
+        function, k, v = RUN[backend], gather_rows(k, layout.kv), gather_rows(v, layout.kv)
+    out = function(
         q,
-        gather_rows(k, layout.kv),
-        gather_rows(v, layout.kv),
+        k,
+        v,
         layout,
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,

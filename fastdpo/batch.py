@@ -23,8 +23,10 @@ class PackLayout:
     kv: the gather of T_k key/value rows from the T rows as laid out.
     segments: S of (q_start, q_end, k_start, k_end), queries in the row, keys among the T_k; a query
         sees the keys up to its own place, aligned at the segment's end (bottom-right).
+    prompts: S of (start, end): the rows whose keys are repeated before the segment's own; empty in
+        a segment that holds its prompt itself.
     cu_seqlens_q, cu_seqlens_k [S + 1] int32: the same bounds as flash attention wants them.
-    masks: the segments' masks by window, made by the first layer that needs them.
+    masks: what a backend makes of the segments, by window, for all layers.
     trace: where attention notes its calls while a model is probed; None otherwise.
     """
 
@@ -32,6 +34,7 @@ class PackLayout:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     segments: tuple[tuple[int, int, int, int], ...]
+    prompts: tuple[tuple[int, int], ...]
     max_seqlen_q: int
     max_seqlen_k: int
     masks: dict = field(default_factory=dict, compare=False, repr=False)

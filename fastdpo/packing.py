@@ -203,6 +203,7 @@ class _Rows:
     kv: list[np.ndarray] = field(default_factory=list)
     q_lengths: list[int] = field(default_factory=list)
     k_lengths: list[int] = field(default_factory=list)
+    prompts: list[tuple[int, int]] = field(default_factory=list)
     predict: list[np.ndarray] = field(default_factory=list)
     n: int = 0
 
@@ -223,6 +224,9 @@ class _Rows:
             self.q_lengths.append(q_rows)
             self.k_lengths.append(len(k_rows))
             self.kv.append(k_rows)
+            repeated = len(k_rows) - q_rows  # a prompt's rows lie together
+            start = int(k_rows[0]) if repeated else 0
+            self.prompts.append((start, start + repeated))
 
 
 def _lay_out(
@@ -332,6 +336,7 @@ def _layout(rows: _Rows, max_seqlen_k: int) -> PackLayout:
         cu_seqlens_q=torch.from_numpy(cu_q),
         cu_seqlens_k=torch.from_numpy(cu_k),
         segments=tuple(map(tuple, bounds.tolist())),
+        prompts=tuple(rows.prompts),
         max_seqlen_q=max(rows.q_lengths),
         max_seqlen_k=max_seqlen_k,
     )

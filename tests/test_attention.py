@@ -13,7 +13,10 @@ from transformers import AttentionInterface, Gemma2Config, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastdpo.attention as attention
-from fastdpo.attention import missing_for, registered_name, resolve_backend, usable_backends
+import fastdpo.attention_backends as backends
+import fastdpo.attention_flex as flex
+from fastdpo.attention import registered_name, resolve_backend, usable_backends
+from fastdpo.attention_backends import missing_for
 from fastdpo.batch import PackLayout
 from fastdpo.errors import ModelError
 from fastdpo.logps import prepare_packed_forward
@@ -22,6 +25,7 @@ from fastdpo.packing import build_pack
 from .tiny import tiny_llama, tiny_pairs
 
 H, H_KV, D = 4, 2, 8
+CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -33,10 +37,14 @@ def some_layout(mode: str = "shared", n: int = 5) -> tuple[PackLayout, int]:
 
 
 def some_qkv(
-    n_tokens: int, dtype: torch.dtype = torch.float64, device: str = "cpu", heads: int = H_KV
+    n_tokens: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    heads: int = H_KV,
+    dim: int = D,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, H, n_tokens, D), (1, heads, n_tokens, D), (1, heads, n_tokens, D)]
+    shapes = [(1, H, n_tokens, dim), (1, heads, n_tokens, dim), (1, heads, n_tokens, dim)]
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     q, k, v = (t.to(device, dtype).requires_grad_() for t in tensors)
     return q, k, v
@@ -95,6 +103,64 @@ def test_sdpa_segments_are_the_formula(mode: str, extra: str, window: int | None
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     for found, gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
+
+
+# ---- FlexAttention ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
+def test_flex_attention_is_the_formula(extra, window, monkeypatch) -> None:
+    """Uncompiled, on CPU, where PyTorch refuses gradients before it computes them well."""
+    import torch.nn.attention.flex_attention as theirs
+
+    monkeypatch.setattr(theirs, "_validate_device", lambda *tensors: None)
+    layout, n_tokens = some_layout()
+    q, k, v = some_qkv(n_tokens)
+    softcap = 1.5 if extra == "softcap" else None
+    sinks = torch.randn(H, dtype=torch.float64, requires_grad=True) if extra == "sinks" else None
+    inputs = [q, k, v] + ([] if sinks is None else [sinks])
+    expected = by_formula(q, k, v, layout, 0.3, window, softcap, sinks)
+    kwargs = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    out = call("flex_attention", q, k, v, layout, scaling=0.3, **kwargs)
+    weights = torch.randn(out.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((out * weights).sum(), inputs)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    # fp64, as above; its log-sum-exp is fp32, which sinks read (eps 1.2e-7).
+    atol = 1e-12 if sinks is None else 1e-6
+    torch.testing.assert_close(out, expected, rtol=0, atol=atol)
+    for found, gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=0, atol=10 * atol)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 11])
+@pytest.mark.parametrize("mode", ["shared", "unshared"])
+def test_flex_attentions_blocks_hold_what_is_seen(mode, window, monkeypatch) -> None:
+    monkeypatch.setattr(flex, "BLOCK", 4)  # T is some 60 here, 128 a block there
+    layout, n_tokens = some_layout(mode)
+    n_blocks = -(-n_tokens // 4)
+    seen = torch.zeros(4 * n_blocks, 4 * n_blocks, dtype=torch.bool)
+    keys = layout.kv_index.tolist()
+    for q_start, q_end, k_start, k_end in layout.segments:
+        for row in range(q_start, q_end):
+            end = k_end - (q_end - 1 - row)
+            seen[row, keys[k_start if window is None else max(k_start, end - window) : end]] = True
+    row, column = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None]
+    mask = flex._block_mask(layout, window, CPU)
+    by_rule = mask.mask_mod(torch.tensor(0), torch.tensor(0), row, column)
+    assert torch.equal(by_rule, seen[:n_tokens, :n_tokens])
+    blocks = seen.view(n_blocks, 4, n_blocks, 4)
+    some, every = blocks.any(3).any(1), blocks.all(3).all(1)
+    n_masked, masked, n_whole, whole = flex._block_lists(layout, window)
+    tables = []
+    for counts, indices in ((n_masked, masked), (n_whole, whole)):
+        table = torch.zeros(n_blocks, n_blocks, dtype=torch.bool)
+        for block, n in enumerate(counts[0, 0]):
+            table[block, indices[0, 0, block, :n].tolist()] = True
+        tables.append(table)
+    assert torch.equal(tables[0] ^ tables[1], some)  # each block once
+    assert not (tables[1] & ~every).any()
+    assert tables[1].any() or window is not None
 
 
 def test_masks_are_made_once_for_all_layers() -> None:
@@ -236,11 +302,75 @@ def flash_attn_varlen_func(
     return window_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
 
 
+def flash_attn_3(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+):
+    """The signature of flash-attention 3 (flash_attn_interface)."""
+    out = flash_attn_varlen_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        deterministic=deterministic,
+    )
+    return out, torch.zeros(())  # as its first releases did
+
+
+def flash_attn_4(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+):
+    """The signature of flash-attention 4's first releases (flash_attn.cute)."""
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None and learnable_sink is None
+    left = -1 if window_size[0] is None else window_size[0]
+    right = 0 if causal else -1
+    out = window_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right, softcap)
+    return out, None
+
+
 STUBS = {
     "varlen 2.10": ("varlen_attn", varlen_2_10),
     "varlen 2.11": ("varlen_attn", varlen_2_11),
     "varlen 2.13": ("varlen_attn", varlen_2_13),
     "flash-attn": ("flash_attention_2", flash_attn_varlen_func),
+    "flash-attn 3": ("flash_attention_3", flash_attn_3),
+    "flash-attn 4": ("flash_attention_4", flash_attn_4),
 }
 
 
@@ -249,13 +379,17 @@ def stub(request, monkeypatch):
     backend, function = STUBS[request.param]
     if backend == "varlen_attn":
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
-        attention._varlen_parameters.cache_clear()
+        backends._varlen_parameters.cache_clear()
     else:
-        package = types.ModuleType("flash_attn")
+        name = backends.FLASH[backend].module
+        package = types.ModuleType(name)
         package.flash_attn_varlen_func = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "flash_attn", package)
+        monkeypatch.setitem(sys.modules, name, package)
+    backends._flash_function.cache_clear()
     yield backend
-    attention._varlen_parameters.cache_clear()
+    backends._varlen_parameters.cache_clear()
+    backends._flash_function.cache_clear()
 
 
 @pytest.mark.parametrize("stub", STUBS, indirect=True)
@@ -285,8 +419,8 @@ def test_the_varlen_signature_is_one_of_those_tested() -> None:
     assert ours in [*tested, {"scale", "window_size", "enable_gqa"}]
 
 
-@pytest.mark.parametrize("stub", ["flash-attn"], indirect=True)
-def test_flash_attention_2_caps_logits(stub: str) -> None:
+@pytest.mark.parametrize("stub", ["flash-attn", "flash-attn 3"], indirect=True)
+def test_flash_attention_caps_logits(stub: str) -> None:
     layout, n_tokens = some_layout()
     q, k, v = some_qkv(n_tokens, torch.float16)
     expected = by_formula(q.double(), k.double(), v.double(), layout, 0.3, None, 0.5)
@@ -325,7 +459,22 @@ def test_what_packs_cannot_do_is_refused(kwargs: dict, message: str) -> None:
         call("sdpa", q, k, v, layout, **kwargs)
 
 
-@pytest.mark.parametrize("stub", ["varlen 2.13", "flash-attn"], indirect=True)
+@pytest.mark.parametrize("stub", ["flash-attn 4"], indirect=True)
+def test_what_a_release_lacks_is_refused(stub: str) -> None:
+    layout, n_tokens = some_layout()
+    q, k, v = some_qkv(n_tokens, torch.float16)
+    with pytest.raises(ModelError, match="flash_attention_4 has no softcapping.*try 'sdpa'"):
+        call(stub, q, k, v, layout, softcap=1.0)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ModelError, match="flash_attention_4 as installed has no determinism"):
+            call(stub, q, k, v, layout)
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("stub", ["varlen 2.13", "flash-attn", "flash-attn 3"], indirect=True)
 def test_sinks_are_refused_where_the_kernel_has_none(stub: str) -> None:
     layout, n_tokens = some_layout()
     q, k, v = some_qkv(n_tokens, torch.float16)
@@ -334,8 +483,6 @@ def test_sinks_are_refused_where_the_kernel_has_none(stub: str) -> None:
 
 
 # ---- which backend ---------------------------------------------------------------------------
-
-CPU = torch.device("cpu")
 
 
 def test_sdpa_serves_everything_on_a_cpu() -> None:
@@ -347,10 +494,10 @@ def test_sdpa_serves_everything_on_a_cpu() -> None:
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     kwargs = {"device": CPU, "dtype": torch.bfloat16, "config": LlamaConfig()}
-    for name in ("varlen_attn", "flash_attention_2"):
+    for name in ("varlen_attn", "flash_attention_2", "flash_attention_4", "flex_attention"):
         with pytest.raises(ModelError, match=f"'{name}' can't run here.*CUDA device, this is cpu"):
             resolve_backend(name, **kwargs)
-    with pytest.raises(ModelError, match="did you mean 'flash_attention_2'"):
+    with pytest.raises(ModelError, match="did you mean 'flash_attention_"):
         resolve_backend("flash_attention", **kwargs)
     with pytest.raises(ModelError, match="'eager' can't take packs.*packing_mode: padded"):
         resolve_backend("eager", **kwargs)
@@ -368,6 +515,12 @@ def test_what_is_missing_on_a_gpu_is_named(monkeypatch) -> None:
     odd = LlamaConfig(hidden_size=60, num_attention_heads=5)
     head = missing_for("varlen_attn", device=cuda, dtype=half, config=odd)
     assert head is not None and "this is 12" in head
+    assert missing_for("flex_attention", device=cuda, dtype=half, config=Gemma2Config()) is None
+    fa4 = missing_for("flash_attention_4", device=cuda, dtype=half, config=llama)
+    assert fa4 is not None and "flash_attn.cute isn't installed; install flash-attn-4" in fa4
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    fa3 = missing_for("flash_attention_3", device=cuda, dtype=half, config=llama)
+    assert fa3 is not None and "needs compute capability 9.x, this is 8.0" in fa3
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     package = missing_for("flash_attention_2", device=cuda, dtype=half, config=llama)
     assert package is not None and "install fastdpo[flash]" in package
@@ -376,24 +529,49 @@ def test_what_is_missing_on_a_gpu_is_named(monkeypatch) -> None:
     assert old is not None and "capability 8.0" in old
 
 
+def test_kernels_are_tried_in_the_order_of_their_speed(monkeypatch, caplog) -> None:
+    """With two kernels that can run, the measured one comes first; one that fails, not at all."""
+    milliseconds = {"varlen_attn": 2.0, "flash_attention_2": 3.0, "flash_attention_3": 1.0}
+
+    def run(backend, layout, device, dtype, shape):
+        assert shape == (32, 32, 128) and layout.segments
+        if backend == "flash_attention_4":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return milliseconds[backend]
+
+    able = {*milliseconds, "flash_attention_4", "sdpa", "flex_attention"}
+    monkeypatch.setattr(attention, "_milliseconds", run)
+    monkeypatch.setattr(attention, "missing_for", lambda b, **_: None if b in able else "no")
+    attention._by_speed.cache_clear()
+    kwargs = {"device": CPU, "dtype": torch.bfloat16, "config": LlamaConfig()}
+    with caplog.at_level("INFO", "fastdpo.attention"):
+        found = usable_backends(None, **kwargs)
+    assert found == [
+        *("flash_attention_3", "varlen_attn", "flash_attention_2"),
+        *("flex_attention", "sdpa"),
+    ]
+    assert "flash_attention_4 failed when tried: no kernel image is available" in caplog.text
+    assert "varlen_attn 2.00 ms" in caplog.text
+    attention._by_speed.cache_clear()
+
+
 # ---- on a GPU --------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @CUDA
-@pytest.mark.parametrize("backend", ["varlen_attn", "flash_attention_2"])
+@pytest.mark.parametrize("backend", [b for b in attention.BACKENDS if b != "sdpa"])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_backends_equal_sdpa(backend: str, window: int | None, dtype: torch.dtype) -> None:
-    missing = missing_for(
-        backend, device=torch.device("cuda"), dtype=dtype, config=LlamaConfig(head_dim=D)
-    )
+    config = LlamaConfig(head_dim=64)
+    missing = missing_for(backend, device=torch.device("cuda"), dtype=dtype, config=config)
     if missing is not None:
         pytest.skip(missing)
     pairs = tiny_pairs(5, pairs_per_prompt=2, prompt_lengths=(50, 90), response_lengths=(1, 70))
     pack = build_pack(pairs, range(5), mode="shared").to("cuda")
     assert pack.layout is not None
-    q, k, v = some_qkv(pack.n_tokens, dtype, "cuda")
+    q, k, v = some_qkv(pack.n_tokens, dtype, "cuda", dim=64)
     out = call(backend, q, k, v, pack.layout, sliding_window=window)
     weights = torch.randn(out.shape, device="cuda", dtype=torch.float64)
     gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))

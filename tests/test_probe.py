@@ -9,6 +9,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 import fastdpo.attention as attention
+import fastdpo.attention_backends as attention_backends
 from fastdpo.batch import PackLayout
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.logps import prepare_packed_forward
@@ -45,16 +46,16 @@ def leaking(q, k, v, layout: PackLayout, **kwargs):
     k, v = k[layout.kv.first], v[layout.kv.first]
     whole = PackLayout(
         RowGather.plan(torch.arange(n).numpy(), n), layout.cu_seqlens_q, layout.cu_seqlens_k,
-        ((0, n, 0, n),), n, n,
+        ((0, n, 0, n),), ((0, 0),), n, n,
     )  # fmt: skip
-    return attention._sdpa(q, k, v, whole, **kwargs)
+    return attention_backends._sdpa(q, k, v, whole, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_attention_that_leaks_is_caught(dtype: torch.dtype, monkeypatch) -> None:
     model: Any = tiny_llama(dtype=dtype)
     assert prepare_packed_forward(model).mode == "shared"
-    monkeypatch.setitem(attention._RUN, "sdpa", leaking)
+    monkeypatch.setitem(attention.RUN, "sdpa", leaking)
     info = prepare_packed_forward(model)
     assert info.mode == "padded" and info.reason is not None
     assert "hidden states differ from separate forwards" in info.reason
