@@ -23,6 +23,7 @@ from fastdpo_kernels import TokenStats, linear_logps
 from .attention import registered_name, usable_backends
 from .batch import Pack
 from .errors import ConfigError, ModelError, did_you_mean
+from .head import head_lora, output_head
 from .packing import MODES
 from .rotary import bind_rotary, rotary_bounds, with_long_rows
 from .router_loss import RouterSums, pack_router_sums
@@ -156,6 +157,7 @@ def head_logps(
     head = output_head(model)
     options: dict[str, Any] = {
         "bias": getattr(head, "bias", None),
+        "lora": head_lora(head),
         "softcap": settings.head.softcap,
         "scale": settings.head.scale,
         "impl": settings.logps_impl,
@@ -164,29 +166,6 @@ def head_logps(
     if not stats:
         return linear_logps(rows, head.weight, targets, **options), None
     return linear_logps(rows, head.weight, targets, stats=stats, **options)
-
-
-def output_head(model: PreTrainedModel) -> Any:
-    """The module that holds the head's `weight` [V, D] and `bias`; `ModelError` if that isn't all.
-
-    Looked up at every call: PEFT may swap the head's weights between policy and reference.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head; load a CausalLM")
-    if any(hasattr(module, "base_layer") for module in head.modules()):
-        raise ModelError(
-            "an adapter on the output head (lm_head) isn't supported: log-probs come straight from "
-            "its weight; take lm_head out of the adapter's targets, or train it whole with "
-            "modules_to_save"
-        )
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise ModelError(
-            f"the output head {type(head).__name__} has no plain [V, D] weight; leave lm_head out "
-            "of quantization"
-        )
-    return head
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:

@@ -117,13 +117,6 @@ def test_attention_dropout_is_refused() -> None:
     assert info.mode == "padded"  # the model's own attention applies it
 
 
-def test_an_adapter_on_the_head_is_refused() -> None:
-    model: Any = tiny_llama()
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ModelError, match="adapter on the output head .*modules_to_save"):
-        prepare_packed_forward(model)
-
-
 def test_a_model_without_a_head_is_refused() -> None:
     headless: Any = tiny_llama().model
     with pytest.raises(ModelError, match="LlamaModel has no language-model head"):

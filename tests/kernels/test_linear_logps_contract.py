@@ -100,6 +100,10 @@ class Params4bit(torch.nn.Parameter):
     """Stands for bitsandbytes' class of that name."""
 
 
+class Int8Params(torch.nn.Parameter):
+    """The same."""
+
+
 class DTensor(Tensor):
     """Stands for torch.distributed.tensor.DTensor."""
 
@@ -122,6 +126,7 @@ def bad_calls():
         "high": ((h, w, y + 30), {}, ValueError, r"targets\[3\] = 33 is outside \[0, V=33\)"),
         "low": ((h, w, y - 2), {}, ValueError, r"targets\[0\] = -2 is outside"),
         "4-bit": ((h, Params4bit(w), y), {}, TypeError, "weight is a bitsandbytes Params4bit"),
+        "8-bit": ((h, Int8Params(w), y), {}, TypeError, "a bitsandbytes Int8Params; dequantize it"),
         "DTensor": ((h, w.as_subclass(DTensor), y), {}, TypeError, "full_tensor"),
         "ZeRO-3": ((h, shard, y), {}, TypeError, "ZeRO-3 shard"),
         "softcap": ((h, w, y), {"softcap": 0.0}, ValueError, "softcap must be positive"),
