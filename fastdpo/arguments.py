@@ -331,6 +331,13 @@ class TrainingOptions:
     adam_epsilon: Positive = option(1e-8, "Adam's epsilon.")
     max_grad_norm: NonNegative = option(1.0, "Clip the gradient's norm here; 0 does not clip.")
 
+    on_nonfinite: str = option(
+        "stop",
+        "A step whose loss or gradient is not finite is never applied. stop: the run ends at the "
+        "next log or checkpoint, naming pair and row. skip: it goes on, and counts them.",
+        ("stop", "skip"),
+    )
+
     # Precision and memory
     bf16: bool | None = option(None, "Compute in bfloat16; by default where the GPU has it.")
     tf32: bool | None = option(None, "Multiply fp32 matrices in TF32.")

@@ -59,6 +59,7 @@ def take(trainer: DPOTrainer) -> ckpt.ResumeState:
             "metrics": sum_over_ranks(trainer.metrics.sums.clone()).cpu(),
             "packs": asdict(trainer.run_log.packs_of_all_ranks()),
             "place": trainer.next_place(),
+            "skipped steps": trainer.guard.n_bad,
         },
         identity=identity(trainer),
         reference=reference_state(trainer.live_reference)
@@ -93,6 +94,7 @@ def put_back(trainer: DPOTrainer, found: list[Path]) -> None:
         ) from error
     trainer.state = _fitted(saved.trainer_state, trainer)
     trainer.place = tuple(saved.sums["place"])
+    trainer.guard.n_bad = saved.sums["skipped steps"]
     states: Any = trainer.state.stateful_callbacks or {}
     for stateful in _stateful(trainer):
         for name, value in states.get(type(stateful).__name__, {}).get("attributes", {}).items():

@@ -7,12 +7,12 @@ checkpoints are each in a module of their own.
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -44,6 +44,7 @@ from .model import (
     load_pretrained_tokenizer,
     load_weights,
 )
+from .nonfinite import FiniteGuard, describe, finite_or_none, grad_norm
 from .objective import Objective, PackLoss, ScoredPack
 from .optim import make_optimizer, make_scheduler
 from .policy import prepare_models
@@ -57,7 +58,7 @@ from .run_data import References, by_name, needs_tokenizer, tokenized
 from .run_folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE, prepare_output_dir, tidy
 from .run_log import MetricsFile, RunLog
 from .runtime import make_deterministic, sum_gradients_over_ranks, wait_for_ranks
-from .steps import Packer, StepPacks, StepPlan
+from .steps import Packer, StepPacks, StepPlan, mean_chosen_length
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class DPOTrainer:
         self.metrics = self._new_metrics(router=self.router is not None)
         self.run_log = RunLog(self.device)
         self.stop_requests = StopRequests()
+        self.guard = FiniteGuard(self.args.on_nonfinite, self.device)
         self.metrics_file: MetricsFile | None = None
         self.control = self._event("on_init_end")
 
@@ -186,6 +188,7 @@ class DPOTrainer:
     def _train_step(self, step: StepPacks) -> None:
         """Gradients of one step, summed over its packs and ranks, clipped, and applied."""
         assert self.optimizer is not None and self.lr_scheduler is not None
+        sums = self.metrics.sums.clone()
         references = self.train_reference.token_logps(step.packs)  # no graph
         needs_whole_step = self.objective.needs_whole_step or self.router is not None
         if needs_whole_step and len(step.packs) != 1:
@@ -200,8 +203,13 @@ class DPOTrainer:
         sum_gradients_over_ranks(self.trainable)
         if self.args.max_grad_norm:
             self._grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.args.max_grad_norm)
+        else:
+            self._grad_norm = grad_norm(self.trainable)
+        held = self.guard.judge(self.state.global_step + 1, self._grad_norm)
+        if self.guard.mode == "skip":  # else its numbers are never read
+            self.metrics.sums = torch.where(held > 0, sums, self.metrics.sums)
         self.control = self._event("on_pre_optimizer_step")
-        self.optimizer.step()
+        self.guard.apply(self.optimizer)
         self.control = self._event("on_optimizer_step")
         self.learning_rate = self.lr_scheduler.get_last_lr()[0]  # the one this step used
         self.lr_scheduler.step()
@@ -265,6 +273,38 @@ class DPOTrainer:
             dtype = torch.bfloat16 if self.args.bf16 else base_model(self.model).dtype
             check_first_step(scored, loss, self.args.beta, dtype)
         self.metrics.add(loss, scored.pack, scored.stats)
+        self.guard.note(scored.pack.pair_ids, loss.losses)
+
+    def _refuse_nonfinite(self) -> None:
+        """Says which step since the last call was not finite, if one was; `stop` ends the run."""
+        assert self.train_pairs is not None and self.optimizer is not None
+        bad = self.guard.read()
+        if bad is None:
+            return
+        stops = self.guard.mode == "stop"
+        kept = stops and self.guard.guards(self.optimizer)  # the weights that met the bad step
+        text = describe(bad, self.train_pairs.rows, self._finite_alone if kept else None)
+        if not stops:
+            logger.warning("%s; skipped, as %d steps so far", text, self.guard.n_bad)
+            return
+        raise ModelError(
+            f"{text}; look at that row, lower learning_rate or max_grad_norm, or set "
+            "on_nonfinite: skip to leave such steps out"
+        )
+
+    def _finite_alone(self, pair_id: int) -> bool:
+        """Whether the gradient of one pair is finite, at the weights as they are."""
+        assert self.train_pairs is not None
+        for pack in self.packer.packs(self.train_pairs, np.array([pair_id])):
+            (reference,) = self.train_reference.token_logps([pack])
+            scored, output = self._score(pack, reference)
+            (loss,) = self.objective(
+                [scored], mean_chosen_length(self.train_pairs, pack.pair_ids), grad=True
+            )
+            output.token_logps.backward(loss.token_grad)
+        norm = grad_norm(self.trainable)
+        self.model.zero_grad(set_to_none=True)
+        return norm is None or bool(norm.isfinite())
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -401,17 +441,15 @@ class DPOTrainer:
 
     def _log_training(self) -> None:
         """Reads the device sums (the only host synchronisation), logs them, starts anew."""
+        self._refuse_nonfinite()
         means = self.metrics.read()
         if not means:
             return
         logs: dict[str, Any] = {"loss": means.pop("loss")}
-        if not math.isfinite(logs["loss"]):
-            raise ModelError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate "
-                "or max_grad_norm, or check the dataset's rows of this step"
-            )
-        if self._grad_norm is not None:
-            logs["grad_norm"] = float(self._grad_norm)
+        if (norm := finite_or_none(self._grad_norm)) is not None:
+            logs["grad_norm"] = norm
+        if self.guard.mode == "skip":
+            logs["skipped_steps"] = self.guard.n_bad
         logs["learning_rate"] = self.learning_rate
         logs |= means | self.run_log.read()
         self.metrics.reset()
@@ -521,6 +559,7 @@ class DPOTrainer:
         if self._saved_step == self.state.global_step:  # at a step's end, and again at the run's
             return
         self._saved_step = self.state.global_step
+        self._refuse_nonfinite()
         state = resume.take(self)
         if self.state.is_world_process_zero:
             ckpt.save_checkpoint(folder, state, self.save_model)

@@ -1,0 +1,159 @@
+"""Steps whose loss or gradient is not finite: decided on the device, never applied, named later.
+
+No operation here waits for the device before `FiniteGuard.read`, which a log or a checkpoint calls.
+Where an optimizer can't be told on the device (it is not fused), the host decides: on a CPU that
+costs nothing; on a GPU it waits once a step for `skip`, and leaves `stop` unguarded.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .runtime import sum_over_ranks
+
+MODES = ("stop", "skip")
+
+
+@dataclass
+class _Step:
+    """One step on this rank: the pairs and losses [P] of its packs, in order; `bad` [] is 1 where
+    the step's loss or gradient is not finite on any rank."""
+
+    number: int
+    packs: list[tuple[np.ndarray, torch.Tensor]] = field(default_factory=list)
+    bad: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """The first step since the last `read` that was not finite.
+
+    pack, pair_id: whose loss is not finite; None where all losses of this rank are finite.
+    pair_ids: those of each pack.
+    """
+
+    number: int
+    pack: int | None
+    pair_id: int | None
+    pair_ids: list[list[int]]
+
+
+class FiniteGuard:
+    """Applies a step only if its loss and gradient are finite.
+
+    skip: the next step goes on. stop: nothing is applied any more, so that the weights stay those
+    that met it until the log says so. n_bad: such steps of the whole run, as of the last `read`.
+    """
+
+    def __init__(self, mode: str, device: torch.device):
+        self.mode, self.device = mode, device
+        self.n_bad = 0
+        self._held = torch.zeros((), device=device)  # 1 where the step in hand is not applied
+        self._steps: list[_Step] = []
+        self._open = _Step(0)
+
+    def note(self, pair_ids: np.ndarray, losses: torch.Tensor) -> None:
+        """A pack of the step in hand: its pairs and their losses [P]."""
+        self._open.packs.append((pair_ids, losses))
+
+    def judge(self, number: int, grad_norm: torch.Tensor | None) -> torch.Tensor:
+        """Ends the step in hand; [] 1 where it is not to be applied, else 0."""
+        step, self._open = self._open, _Step(0)
+        step.number = number
+        total = torch.zeros((), device=self.device) if grad_norm is None else grad_norm.float()
+        for _, losses in step.packs:
+            total = total + losses.sum()
+        step.bad = sum_over_ranks((~total.isfinite()).float()).clamp(max=1)
+        stays = self._held if self.mode == "stop" else torch.zeros_like(self._held)
+        self._held = torch.maximum(step.bad, stays)
+        self._steps.append(step)
+        return self._held
+
+    def guards(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `apply` can hold a step back."""
+        return _takes_the_decision(optimizer) or self.mode == "skip" or self.device.type == "cpu"
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        """`optimizer.step()`, unless the step was judged not finite."""
+        if _takes_the_decision(optimizer):
+            fused: Any = optimizer  # torch's own way in, made for loss scaling
+            fused.grad_scale, fused.found_inf = None, self._held
+            try:
+                optimizer.step()
+            finally:
+                del fused.grad_scale, fused.found_inf
+        elif not self.guards(optimizer) or not self._held.item():
+            optimizer.step()
+
+    def read(self) -> BadStep | None:
+        """The first bad step since the last `read`, if any. One wait for the device."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return None
+        flags = torch.stack([step.bad for step in steps if step.bad is not None]).tolist()
+        self.n_bad += int(sum(flags))
+        if 1.0 not in flags:
+            return None
+        step = steps[flags.index(1.0)]
+        pack, pair_id = None, None
+        for place, (pair_ids, losses) in enumerate(step.packs):
+            finite = losses.isfinite().tolist()
+            if not all(finite):
+                pack, pair_id = place, int(pair_ids[finite.index(False)])
+                break
+        return BadStep(step.number, pack, pair_id, [ids.tolist() for ids, _ in step.packs])
+
+
+def _takes_the_decision(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:
+    """The norm of all gradients together, on the device; None where there is none."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return nn.utils.get_total_norm(grads) if grads else None
+
+
+def describe(bad: BadStep, rows: np.ndarray, finite_alone: Callable[[int], bool] | None) -> str:
+    """One line that names step, pack, pair and dataset row.
+
+    rows: each pair's row. finite_alone: whether a pair's gradient is finite by itself, at the
+    weights that met the step; None where those are gone.
+    """
+    step = f"step {bad.number}: "
+
+    def named(pair_id: int, pack: int | None) -> str:
+        return f"pair {pair_id} (dataset row {int(rows[pair_id])}, pack {pack})"
+
+    if bad.pair_id is not None:
+        return f"{step}the loss of {named(bad.pair_id, bad.pack)} is not finite"
+    step += "the gradient is not finite though the losses are"
+    if not bad.pair_ids:
+        return f"{step}, or a loss on another rank is not"
+    if finite_alone is not None:
+        for pack, pair_ids in enumerate(bad.pair_ids):
+            for pair_id in pair_ids:
+                if not finite_alone(pair_id):
+                    return f"{step}, through {named(pair_id, pack)}"
+        step += ", and no pair alone makes it so"
+    packs = "; ".join(
+        f"pack {n}: pairs {_some(ids)}, dataset rows {_some([int(rows[i]) for i in ids])}"
+        for n, ids in enumerate(bad.pair_ids)
+    )
+    return f"{step} ({packs})"
+
+
+def _some(numbers: list[int], most: int = 16) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown + (", …" if len(numbers) > most else "")
+
+
+def finite_or_none(value: torch.Tensor | None) -> float | None:
+    """The number, if it is one."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,140 @@
+"""What is not finite never reaches the weights: the run stops and names it, or skips and counts."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastdpo.errors import ModelError
+from fastdpo.nonfinite import FiniteGuard
+from tests.test_trainer import trainer, weights
+from tests.tiny import tiny_pairs
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("fastdpo.trainer.plot_curves", lambda *args: None)
+
+
+BAD_STEP = 3  # of 6, with 4 of 16 pairs each
+
+
+class StopAfter(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == BAD_STEP - 1
+
+
+def poisoned(tmp_path, what: str, **overrides):
+    """A run whose pair 9, in step BAD_STEP, has a loss that is NaN, or a gradient that is inf."""
+    made = trainer(
+        tmp_path,
+        pairs=tiny_pairs(16),
+        train_sampling_strategy="sequential",
+        max_steps=6,
+        max_tokens_per_pack=96,
+        **overrides,
+    )
+    plain = made.objective
+
+    class Poison:
+        needs_whole_step = plain.needs_whole_step
+        stats = plain.stats
+
+        def __call__(self, scored, mean_length, *, grad):
+            losses = plain(scored, mean_length, grad=grad)
+            for one, loss in zip(scored, losses, strict=True):
+                hit = torch.from_numpy(one.pack.pair_ids == 9)
+                if what == "loss":
+                    loss.losses[hit] = math.nan
+                if hit.any() and what == "gradient" and grad:
+                    # Only its own tokens: another pair of the pack stays innocent.
+                    lengths = one.pack.cu_responses.diff()
+                    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+                    of_pair = torch.isin(owner, one.pack.pairs[hit])
+                    assert loss.token_grad is not None
+                    loss.token_grad[of_pair] = math.inf
+            return losses
+
+    made.objective = Poison()  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_stop_names_pack_pair_and_row_and_keeps_the_weights(tmp_path, what, optim):
+    made = poisoned(tmp_path / "bad", what, logging_steps=6, optim=optim)
+    assert made.train_pairs is not None
+    made.train_pairs.rows[9] = 1009  # a row is not a pair's number where rows were dropped
+    with pytest.raises(ModelError) as caught:
+        made.train()
+    said = str(caught.value)
+    assert said.startswith(f"step {BAD_STEP}: the {what}"), said
+    assert "pair 9 (dataset row 1009, pack " in said and "on_nonfinite: skip" in said
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    assert not list((tmp_path / "bad" / "run").glob("checkpoint-*"))
+    # Nothing was applied from the bad step on: the weights are those after two steps.
+    clean = poisoned(tmp_path / "clean", "nothing", optim=optim)
+    clean.add_callback(StopAfter)
+    clean.train()
+    for (name, a), b in zip(
+        weights(made.model).items(), weights(clean.model).values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_skip_leaves_the_step_out_and_counts_it(tmp_path, what, optim, caplog):
+    made = poisoned(tmp_path, what, on_nonfinite="skip", logging_steps=2, optim=optim)
+    before: list[dict] = []
+    plain = made._train_step
+
+    def watched(step):
+        before.append(weights(made.model))
+        plain(step)
+
+    made._train_step = watched
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        made.train()
+    for number in range(1, 6):
+        same = all(torch.equal(before[number - 1][n], p) for n, p in before[number].items())
+        assert same == (number == BAD_STEP), number
+    assert made.optimizer is not None
+    states = made.optimizer.state_dict()["state"].values()
+    assert all(float(state["step"]) == 5 for state in states if "step" in state)
+    logs = [log for log in made.state.log_history if "loss" in log]
+    assert [log["skipped_steps"] for log in logs] == [0, 1, 1]
+    assert all(np.isfinite(list(log.values())).all() for log in logs)
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    assert f"step {BAD_STEP}: the {what}" in caplog.text and "skipped, as 1 steps" in caplog.text
+
+
+def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path):
+    made = poisoned(tmp_path, "loss", save_strategy="steps", save_steps=1, logging_steps=6)
+    with pytest.raises(ModelError, match=f"step {BAD_STEP}"):
+        made.train()
+    found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert found == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_count_survives_a_resume(tmp_path):
+    options = {"on_nonfinite": "skip", "save_strategy": "steps", "save_steps": 4}
+    whole = poisoned(tmp_path, "loss", **options)
+    whole.train()
+    resumed = poisoned(tmp_path, "loss", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.log_history[-2]["skipped_steps"] == 1
+
+
+def test_an_infinite_norm_of_finite_gradients_is_held_back():
+    guard = FiniteGuard("skip", torch.device("cpu"))
+    guard.note(np.array([0]), torch.tensor([0.5]))
+    assert guard.judge(1, torch.tensor(math.inf)) == 1
+    guard.note(np.array([1]), torch.tensor([0.5]))
+    assert guard.judge(2, torch.tensor(1.0)) == 0
+    bad = guard.read()
+    assert bad is not None and (bad.number, bad.pair_id, bad.pair_ids) == (1, None, [[0]])
+    assert guard.read() is None and guard.n_bad == 1
