@@ -125,10 +125,9 @@ class ReferenceCache:
     def _new_segment(self) -> BinaryIO:
         make_root(self.root)
         self.folder.mkdir(exist_ok=True)
-        _write_whole(
-            self.folder / REFERENCE_FILE,
-            json.dumps({"reference": self._description, "about": self._about}, indent=2) + "\n",
-        )
+        held: dict[str, Any] = {"reference": self._description, "about": self._about}
+        held["check"] = content_hash(held)
+        _write_whole(self.folder / REFERENCE_FILE, json.dumps(held, indent=2) + "\n")
         return new_segment(self.folder)
 
     def _refusal(self, error: OSError) -> CheckpointError:
@@ -329,10 +328,12 @@ def stored_references(root: Path) -> list[StoredReference]:
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
-    """What reference.json says of the reference, if its hash is the folder's name."""
+    """What reference.json says of the reference, if it is whole and of this folder."""
     try:
         held = json.loads((folder / REFERENCE_FILE).read_bytes())
         if content_hash(held["reference"]) != folder.name:
+            return None
+        if held.pop("check") != content_hash(held):
             return None
         return {**held["about"], **held["reference"]}
     except (OSError, ValueError, KeyError, TypeError):

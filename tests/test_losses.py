@@ -181,11 +181,16 @@ def by_autograd(options: dict) -> tuple[float, dict[str, torch.Tensor]]:
     return total.mean().item(), gradients_of(policy)
 
 
+def reads_sums(name: str) -> bool:
+    return SPECS[name].logps and name not in ("sft", "exo_pair")
+
+
 MIX = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 EXACT = {
     **{name: {"loss_type": [name]} for name in LOSSES},
     "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
-    **{f"{n}-ld": {"loss_type": [n], "ld_alpha": 0.3} for n in ("sigmoid", "ipo", "aot")},
+    **{f"{n}-ld": {"loss_type": [n], "ld_alpha": 0.3} for n in LOSSES if reads_sums(n)},
+    "exo_pair-ld": {"loss_type": ["exo_pair"], "label_smoothing": 0.1, "ld_alpha": 0.3},
     "mpo": MIX,
     "mpo-ld": {**MIX, "ld_alpha": 0.0},
     "aot-sft": {"loss_type": ["aot", "sft"], "label_smoothing": 0.1},

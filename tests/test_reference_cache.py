@@ -1,14 +1,18 @@
 """The reference cache: what is stored is served, what is damaged is not, what changed is missed."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdpo import cli
 from fastdpo.errors import CheckpointError
@@ -144,6 +148,46 @@ def test_damage_at_any_byte_is_noticed_and_costs_one_record(tmp_path):
             assert len(health.damaged) + len(health.torn) == 1, at
             assert len(found) == len(values) - 1, at
             assert all(np.array_equal(found[key], values[key]) for key in found), at
+
+
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255), st.booleans()), max_size=6
+)
+
+
+@given(EDITS)
+@settings(max_examples=60, deadline=None)
+def test_no_damage_is_ever_served(edits):
+    """Several bytes changed or put in at once: what is read is right, what is lost is reported."""
+    values = rows(5)
+    with tempfile.TemporaryDirectory() as root:
+        cache = fill(Path(root), values)
+        (segment,) = segments(cache.folder)
+        data = bytearray(segment.read_bytes())
+        for where, byte, insert in edits:
+            at = int(where * len(data))
+            data[at : at + (not insert)] = bytes([byte if insert else data[at] ^ byte])
+        segment.write_bytes(data)
+        found, health = cache.read(set(values))
+        assert_same(found, {key: values[key] for key in found})
+        assert len(found) == len(values) or health.damaged or health.torn
+
+
+def test_a_description_damaged_at_any_byte_is_noticed(tmp_path):
+    """It is for people: records are served without it, and a new segment writes it anew."""
+    values = rows(2)
+    cache = fill(tmp_path, values)
+    path = cache.folder / REFERENCE_FILE
+    good = path.read_bytes()
+    for at in range(len(good)):
+        broken = bytearray(good)
+        broken[at] ^= 0x01
+        path.write_bytes(broken)
+        (found,) = stored_references(tmp_path)
+        assert found.about is None or json.loads(broken) == json.loads(good), at
+    assert_same(cache.read(set(values))[0], values)
+    fill(tmp_path, rows(1, seed=4))
+    assert path.read_bytes() == good
 
 
 def test_a_torn_tail_is_noticed_wherever_it_tore(tmp_path):

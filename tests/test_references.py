@@ -20,7 +20,7 @@ from fastdpo.reference_logps import AdapterReference, ModelReference
 from fastdpo.reference_sync import RECOMPRESSION_TOLERANCE, recompress
 from tests.test_trainer import LORA, config, losses, weights
 from tests.test_trainer import trainer as dpo_trainer
-from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
+from tests.tiny import CHATML, tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
 
 trainer: Any = dpo_trainer  # what its references are is looked into here
 
@@ -172,7 +172,47 @@ def test_truncation_and_template_miss_where_they_bite(tmp_path):
         seen |= texts
 
 
-def test_an_interrupted_precomputation_ends_with_the_same_bits(tmp_path, monkeypatch, forwards):
+def test_a_chat_template_misses_where_it_writes_other_ids(tmp_path, forwards):
+    """Another way of writing earlier turns: conversations of one turn are found as they were."""
+    rows = tiny_chat_rows(24, pairs_per_prompt=1)
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizers = {"before": tokenizer, "after": copy.deepcopy(tokenizer)}
+    earlier = "{% if message['role'] == 'assistant' and not loop.last %}so {% endif %}"
+    role = "{{ message['role'] }}"
+    tokenizers["after"].chat_template = CHATML.replace(role, earlier + role)
+    made = {}
+    for name, processing_class in tokenizers.items():
+        forwards.clear()
+        made[name] = trainer(
+            tmp_path / name,
+            model=tiny_llama(vocab_size=len(tokenizer)),
+            pairs=rows,
+            processing_class=processing_class,
+            ref_cache_dir=str(tmp_path / "cache"),
+            **PACKS,
+        )
+    before, after = (of.train_pairs for of in made.values())
+    other = {i for i in range(24) if before.prompt(i).tolist() != after.prompt(i).tolist()}
+    assert other == {i for i, row in enumerate(rows) if len(row["prompt"]) > 1} and other
+    done = made["after"].precomputations["train"]
+    assert (done.n_responses, done.n_found) == (48, 48 - 2 * len(other))
+    plan = made["after"].packer.plan(after, np.arange(24))
+    packs = [pair_ids for pair_ids in plan if other & set(pair_ids)]
+    assert len(forwards) == done.n_computed == len(packs) < len(plan)
+    right = trainer(
+        tmp_path / "fresh",
+        model=tiny_llama(vocab_size=len(tokenizer)),
+        pairs=after,
+        precompute_ref_log_probs=True,
+        **PACKS,
+    )
+    # What was found was computed in other packs: fp32 token log-probs of size 10.
+    assert np.abs(made["after"].train_reference.logps - right.train_reference.logps).max() < 1e-5
+
+
+def test_an_interrupted_precomputation_ends_with_the_same_bits(
+    tmp_path, monkeypatch, forwards, caplog
+):
     pairs = tiny_pairs(24, pairs_per_prompt=2)
     whole = trainer(tmp_path / "a", pairs=pairs, ref_cache_dir=str(tmp_path / "whole"), **PACKS)
     n_packs = len(forwards)
@@ -195,7 +235,7 @@ def test_an_interrupted_precomputation_ends_with_the_same_bits(tmp_path, monkeyp
     assert len(forwards) == n_packs - 2
     assert np.array_equal(resumed.train_reference.logps, whole.train_reference.logps)
 
-    # Damage anywhere, and a torn end: found, computed again, to the same bits.
+    # Damage anywhere, and a torn end: found, reported, computed again, to the same bits.
     folder = resumed.reference_cache.folder
     rng = np.random.default_rng(0)
     for _ in range(3):
@@ -203,7 +243,11 @@ def test_an_interrupted_precomputation_ends_with_the_same_bits(tmp_path, monkeyp
             data = bytearray(segment.read_bytes())
             data[rng.integers(len(data))] ^= 0x10
             segment.write_bytes(data[: len(data) - int(rng.integers(0, 3))])
-        mended = trainer(tmp_path / "d", **options)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="fastdpo"):
+            mended = trainer(tmp_path / "d", **options)
+        said = [r.getMessage() for r in caplog.records if str(folder) in r.getMessage()]
+        assert said and all("damaged" in line or "incomplete" in line for line in said), said
         assert mended.precomputations["train"].n_computed > 0
         assert np.array_equal(mended.train_reference.logps, whole.train_reference.logps)
 
