@@ -52,7 +52,7 @@ def test_directions():
     assert seen["linear_logps"] == {"impls", "reference"} | parts
     assert seen["preference_loss"] == {"impls", "reference"}
     assert seen["linear_logps_graph"] == {"linear_logps_call"}
-    assert seen["linear_logps_call"] == {"impls"}
+    assert seen["linear_logps_call"] == {"impls", "linear_logps_eager"}  # its is_tiny
     assert seen["linear_dpo_loss"] == {"linear_logps", "linear_logps_call", "preference_loss"}
     assert seen["reference"] == {"impls"} and seen["impls"] == set()
     for name, used in seen.items():
@@ -63,7 +63,7 @@ def test_directions():
 def test_importing_it_loads_no_triton():
     """Kernels are loaded when they run: a CPU user never waits for a compiler."""
     lazily = [p.stem for p in PACKAGE.glob("*.py") if "_triton" in p.stem]
-    parts = ("linear_logps_call", "linear_logps_graph")
+    parts = ("linear_logps_call", "linear_logps_eager", "linear_logps_graph")
     for stem in ("__init__", "impls", "reference", *parts, *OPS):
         for name, _ in imports(PACKAGE / f"{stem}.py"):
             assert name.split(".")[0] != "triton" and name not in lazily

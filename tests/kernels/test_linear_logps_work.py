@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo_kernels import (
     linear_logps,
+    linear_logps_call,
     linear_logps_torch,
     linear_logps_torch_tiles,
 )
@@ -20,6 +21,12 @@ from fastdpo_kernels.impls import STATS
 from fastdpo_kernels.reference import linear_logps_reference
 from tests.kernels.linear_logps_cases import SMALL, TRANSFORMS, peak_bytes, saved_kept
 from tests.numerics import Head, far_head, peaked_head, run
+
+
+@pytest.fixture(autouse=True)
+def chunked(monkeypatch):
+    """Heads here are tiny, but not for that: the way of large ones is tested."""
+    monkeypatch.setattr(linear_logps_call, "is_tiny", lambda *args, **kwargs: False)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -127,14 +127,18 @@ def choose_impl(op: str, requested: str, device: torch.device, *dtypes: torch.dt
         return "triton"
     if device.type == "cpu":
         reason = "CPU tensors"
-    _log_choice(op, "torch" if reason else "triton", device.type, _names(dtypes), reason)
-    return "torch" if reason else "triton"
+    chosen = "torch" if reason else "triton"
+    log_choice(op, chosen, device, reason, *dtypes)
+    return chosen
 
 
 @functools.cache
-def _log_choice(op: str, impl: str, device: str, dtypes: str, reason: str | None) -> None:
+def log_choice(
+    op: str, impl: str, device: torch.device, reason: str | None, *dtypes: torch.dtype
+) -> None:
+    """Says once what `impl="auto"` came to."""
     why = f" ({reason})" if reason else ""
-    logger.info("%s: impl=auto runs %s on %s %s%s", op, impl, device, dtypes, why)
+    logger.info("%s: impl=auto runs %s on %s %s%s", op, impl, device.type, _names(dtypes), why)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

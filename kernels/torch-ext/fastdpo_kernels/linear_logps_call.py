@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .impls import STATS, ForwardResult, choose_impl, is_transformed
+from .impls import STATS, ForwardResult, choose_impl, is_transformed, log_choice
+from .linear_logps_eager import is_tiny
 
 NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -40,9 +41,19 @@ class Call:
     need_weight_grad: bool
     need_bias_grad: bool
 
-    def chosen(self, device: torch.device, weight_dtype: torch.dtype) -> "Call":
-        """The call with "auto" resolved. Raises if what was asked for cannot run."""
-        impl = choose_impl("linear_logps", self.impl, device, self.rounded, weight_dtype)
+    def chosen(
+        self, hidden: Tensor, weight: Tensor, adapter: Tensor | None, *, tiny: bool
+    ) -> "Call":
+        """The call with "auto" resolved, to "eager" only if `tiny` problems may go there.
+
+        Raises if what was asked for cannot run.
+        """
+        if self.impl == "auto" and tiny:
+            joined, space = adapter is not None, self.workspace_bytes
+            if is_tiny(hidden, weight, self.rounded, joined=joined, workspace_bytes=space):
+                log_choice("linear_logps", "eager", hidden.device, "few logits", self.rounded)
+                return dataclasses.replace(self, impl="eager")
+        impl = choose_impl("linear_logps", self.impl, hidden.device, self.rounded, weight.dtype)
         return dataclasses.replace(self, impl=impl)
 
     @property

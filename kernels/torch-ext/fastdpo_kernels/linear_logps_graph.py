@@ -39,9 +39,10 @@ def _flat(call: Call) -> tuple[Any, ...]:
 
 
 def _call(hidden: Tensor, weight: Tensor, flat: Sequence[Any]) -> Call:
+    """What the number of rows decides elsewhere must not divide graphs: no tiny problems here."""
     fields = list(flat)
     fields[6] = tuple(name for name in fields[6].split(",") if name)
-    return Call(*fields).chosen(hidden.device, weight.dtype)
+    return Call(*fields).chosen(hidden, weight, None, tiny=False)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_logps", mutates_args=())

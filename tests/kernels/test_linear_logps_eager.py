@@ -1,0 +1,152 @@
+"""`linear_logps` for tiny problems: as exact as elsewhere, and taken where it says it is."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdpo_kernels import linear_logps, linear_logps_call, linear_logps_eager, linear_logps_torch
+from fastdpo_kernels.impls import STATS
+from tests import numerics
+from tests.kernels.linear_logps_cases import FLOATS, TRANSFORMS, peak_bytes
+from tests.numerics import Head, far_head, flat_head, negative_head, peaked_head, run
+
+
+@pytest.fixture(autouse=True)
+def eager_alone(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the chunked way ran")
+
+    monkeypatch.setattr(linear_logps_torch, "forward", never)
+
+
+def check(head: Head, **transform) -> None:
+    actual = run(linear_logps, head, **transform)
+    numerics.assert_logps_close(head, actual.logps, **transform)
+    numerics.assert_grads_close(head, actual, **transform)
+    numerics.assert_stats_close(head, actual.stats, **transform)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("ignored", [0.0, 0.2])
+def test_within_the_budgets(dtype, transform, ignored):
+    check(peaked_head(65, 33, 257, dtype=dtype, bias=True, ignored=ignored), **transform)
+    numerics.assert_adapter_close(
+        linear_logps, 65, 33, 257, 3, dtype=dtype, ignored=ignored, **transform
+    )
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        flat_head(40, 32, 300),
+        far_head(40, 32, 300, gap=130),
+        far_head(40, 32, 300, gap=3000),
+        negative_head(40, 32, 300, level=3000),
+    ],
+    ids=["flat", "far", "farther", "negative"],
+)
+def test_extremes(head):
+    check(head)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    n=st.integers(0, 30),
+    d=st.integers(1, 40),
+    v=st.integers(1, 300),
+    dtype=st.sampled_from(FLOATS),
+    softcap=st.sampled_from([None, 4.0]),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_any_shape(n, d, v, dtype, softcap, ignored):
+    check(peaked_head(n, d, v, dtype=dtype, bias=True, ignored=ignored, seed=n), softcap=softcap)
+
+
+def test_near_certain_targets_keep_their_relative_precision():
+    """As p_y -> 1, logp = -(1 - p_y), below any ulp of 1."""
+    head = peaked_head(32, 64, 257)
+    rows = head.weight[head.targets]
+    hidden = head.hidden + 40 * rows / rows.square().sum(1, keepdim=True)
+    got = linear_logps(hidden, head.weight, head.targets).double()
+    z = hidden.double() @ head.weight.double().T
+    odds = (z - z.gather(1, head.targets[:, None])).exp().scatter(1, head.targets[:, None], 0)
+    want = -odds.sum(1).log1p()
+    sure = want > -1e-8
+    assert sure.sum() > 5
+    # Two logits, each half an ulp of z and of its partial sums, |h| |w| at most.
+    sums = hidden.norm(dim=1).max() * head.weight.norm(dim=1).max()
+    allowed = 2 * (z.abs().max() + sums + 4) * 2**-24
+    assert (got / want - 1).abs()[sure].max() < allowed
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_ignored_rows_may_hold_anything(poison):
+    head = peaked_head(40, 16, 101, bias=True, ignored=0.3)
+    clean = run(linear_logps, head)
+    head.hidden[head.targets == -100] = poison
+    dirty = run(linear_logps, head)
+    assert torch.equal(dirty.logps, clean.logps) and torch.equal(dirty.d_hidden, clean.d_hidden)
+    assert torch.equal(dirty.d_weight, clean.d_weight)
+
+
+def test_a_masked_vocabulary():
+    head = peaked_head(40, 16, 101)
+    bias = torch.zeros(101)
+    bias[50:60] = -math.inf
+    got, stats = linear_logps(
+        head.hidden, head.weight, head.targets.clamp(max=49), bias=bias, stats=STATS
+    )
+    keep = bias == 0
+    want = torch.log_softmax((head.hidden @ head.weight[keep].T).double(), -1)
+    entropy = torch.special.entr(want.exp()).sum(1)
+    want = want.gather(1, head.targets.clamp(max=49)[:, None]).squeeze(1)
+    # logits of up to 30 nat in fp32 (ulp 2e-6)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+    assert stats.entropy is not None
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=0, atol=1e-4)
+
+
+def test_only_tiny_problems_come_here():
+    tiny = functools.partial(
+        linear_logps_eager.is_tiny, rounded=torch.float32, joined=False, workspace_bytes=2**28
+    )
+
+    def sizes(n, d, v, dtype=torch.float32):
+        return torch.empty(n, d, device="meta"), torch.empty(v, d, device="meta", dtype=dtype)
+
+    assert tiny(*sizes(512, 32, 900)) and not tiny(*sizes(512, 32, 1100))  # 12 MiB of [N, V]
+    assert tiny(*sizes(1, 64, 128_000)) and not tiny(*sizes(1, 9000, 128_000))  # 2^30 products
+    assert not tiny(*sizes(1, 64, 128_000, torch.bfloat16))  # W would be copied
+    assert not linear_logps_eager.is_tiny(
+        *sizes(512, 32, 900), torch.float32, joined=False, workspace_bytes=2**20
+    )
+    head = peaked_head(8, 16, 33)
+    with pytest.raises(AssertionError, match="the chunked way ran"):
+        linear_logps(head.hidden, head.weight, head.targets, impl="torch")
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_it_takes_no_more_memory_than_it_says(transform):
+    n, d, v = 512, 64, 900
+    head = peaked_head(n, d, v)
+    head.hidden.requires_grad_()
+    head.weight.requires_grad_()
+
+    def step():
+        logps, _ = linear_logps(head.hidden, head.weight, head.targets, stats=STATS, **transform)
+        logps.sum().backward()
+
+    results = n * d * 12 + v * d * 4 + 24 * 8 * n
+    assert peak_bytes(step) <= linear_logps_eager.LARGEST_BYTES + results
+
+
+def test_the_call_chooses_it_once_for_all(monkeypatch):
+    monkeypatch.setattr(linear_logps_call, "is_tiny", lambda *a, **k: False)
+    head = peaked_head(8, 16, 33)
+    with pytest.raises(AssertionError, match="the chunked way ran"):
+        linear_logps(head.hidden, head.weight, head.targets)
