@@ -14,7 +14,7 @@ help:
 	@sed -n '1,2p' Makefile
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m fastdpo demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastdpo demo
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile

@@ -26,6 +26,7 @@ from .harness import (
     command_line,
     default_device,
     environment,
+    left_out_lines,
     median,
     synchronize,
     table,
@@ -244,6 +245,12 @@ def measure_all(
         except torch.OutOfMemoryError:
             left_out[f"{key}: out of memory"] = None
             continue
+        except Exception as error:  # a peer's own; the others are still to be measured
+            if which.name.startswith("fastdpo"):
+                raise
+            left_out[f"{key}: failed with {type(error).__name__}"] = None
+            print(f"{key}: {error}", file=sys.stderr)
+            continue
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -348,8 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot(summary, path.with_suffix(".png"), title)
     print(f"{title}; {command}")
     print(as_table(summary))
-    for line in left_out:
-        print(f"left out: {line}")
+    for line in left_out_lines(left_out):
+        print(line)
     return 0
 
 

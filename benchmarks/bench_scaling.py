@@ -22,6 +22,7 @@ from .harness import (
     command_line,
     default_device,
     environment,
+    left_out_lines,
     matmul_flops_per_second,
     table,
 )
@@ -136,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{facts['device']['name']}, commit {facts['commit']}"
     plot(results.rows, path.with_suffix(".png"), title)
     print(f"{title}; {command}\n{as_table(results.rows)}")
-    for line in left_out:
-        print(f"left out: {line}")
+    for line in left_out_lines(left_out):
+        print(line)
     return 0
 
 

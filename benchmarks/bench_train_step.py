@@ -30,6 +30,7 @@ from .harness import (
     copy_bytes_per_second,
     default_device,
     environment,
+    left_out_lines,
     matmul_flops_per_second,
     median,
     table,
@@ -240,6 +241,12 @@ def measure_all(
             except torch.OutOfMemoryError:
                 left_out.append(f"{key}: out of memory")
                 row["error"] = "out of memory"
+            except Exception as error:  # a peer's own; the others are still to be measured
+                if trainer.startswith("fastdpo"):
+                    raise
+                row["error"] = f"failed with {type(error).__name__}"
+                left_out.append(f"{key}: {row['error']}")
+                print(f"{key}: {error}", file=sys.stderr)
             results.add(key, **row)
             speed = row.get("pairs_per_second")
             print(f"{key}: {row.get('error') or f'{speed:.2f} pairs/s'}", file=sys.stderr)
@@ -415,8 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if profiled:
         print("\nshare of the time by phase (times the least possible):")
         print(phases_table(profiled))
-    for line in left_out:
-        print(f"left out: {line}")
+    for line in left_out_lines(left_out):
+        print(line)
     return 0
 
 

@@ -198,6 +198,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def left_out_lines(left_out: Sequence[str]) -> list[str]:
+    """Lines "KEY: REASON", one for each reason: how many, and which come first."""
+    by_reason: dict[str, list[str]] = {}
+    for line in left_out:
+        key, _, reason = line.partition(": ")
+        by_reason.setdefault(reason, []).append(key)
+    return [
+        f"left out, {reason}: {', '.join(keys[:3])}"
+        + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for reason, keys in by_reason.items()
+    ]
+
+
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 

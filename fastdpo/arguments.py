@@ -131,6 +131,13 @@ class ScriptArguments:
         check_fields(self, ScriptArguments)
 
 
+ADAPTER_OPTIONS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
+FOUR_BIT_OPTIONS = ("bnb_4bit_quant_type", "use_bnb_nested_quant")
+
+
 @checked_init(settle)
 @dataclass
 class ModelConfig:
@@ -176,6 +183,17 @@ class ModelConfig:
             raise ConfigError("'load_in_8bit' and 'load_in_4bit' exclude each other; keep one")
         if self.ref_load_in_4bit and self.ref_model_name_or_path is None:
             raise ConfigError("'ref_load_in_4bit' needs a reference model: ref_model_name_or_path")
+        defaults = {field.name: field.default for field in fields(ModelConfig)}
+        for names, needs in (
+            (ADAPTER_OPTIONS, ("use_peft",)),
+            (FOUR_BIT_OPTIONS, ("load_in_4bit", "ref_load_in_4bit")),
+        ):
+            given = [name for name in names if getattr(self, name) != defaults[name]]
+            if given and not any(getattr(self, switch) for switch in needs):
+                raise ConfigError(
+                    f"{given[0]!r} has no effect without {needs[0]!r}; add {needs[0]}: true "
+                    f"(--{needs[0]}), or leave {', '.join(given)} out"
+                )
         for name in ("load_in_8bit", "load_in_4bit"):
             if getattr(self, name) and not self.use_peft:
                 raise ConfigError(

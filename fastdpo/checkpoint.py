@@ -69,7 +69,10 @@ def candidates(output_dir: Path, resume: str | bool) -> list[Path]:
         return found
     path = Path(str(resume))
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
+        there = ", ".join(str(found) for found in checkpoints(output_dir)) or "none"
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} does not exist; {str(output_dir)!r} holds {there}"
+        )
     if CHECKPOINT.fullmatch(path.name) is None and checkpoints(path):
         raise CheckpointError(
             f"{str(path)!r} is a run, not a checkpoint; name its {checkpoints(path)[-1].name}, or "

@@ -148,11 +148,16 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
 
 
 def to_plain(*configs: ScriptArguments | ModelConfig | TrainingOptions) -> dict[str, Any]:
-    """The options of `configs` by name: text, numbers, booleans, lists, mappings and None."""
+    """The options of `configs` by name: text, numbers, booleans, lists, mappings and None.
+
+    All but `overwrite_output_dir`, a permission given once: a repeated run has to ask again.
+    """
     plain: dict[str, Any] = {}
     for config in configs:
         cls = TrainingOptions if isinstance(config, TrainingOptions) else type(config)
         for name in describe(cls):
+            if name == "overwrite_output_dir":
+                continue
             value = getattr(config, name)
             plain[name] = value.value if isinstance(value, Enum) else value
     return plain

@@ -91,6 +91,12 @@ def _parse(text: str, name: str) -> dict[str, Any]:
 
 
 def write_yaml(path: str | Path, values: dict[str, Any]) -> None:
-    """Writes plain `values` as `read_yaml` reads them."""
+    """Writes plain `values` as `read_yaml` reads them; `ConfigError` where it can't."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"config file {str(path)!r} can't be written: {error.strerror}; make room, or choose "
+            "another output_dir"
+        ) from error

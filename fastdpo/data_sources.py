@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -94,13 +94,16 @@ def _load_file(path: Path) -> datasets.DatasetDict:
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    kwargs: dict[str, Any] = {}
-    if reader == "csv":
-        # The text "None" or "NA" is an answer, not a missing value.
-        kwargs = {"keep_default_na": False}
-        if ".tsv" in path.suffixes:
-            kwargs["sep"] = "\t"
-    return _load(reader, path, data_files={"train": str(path)}, **kwargs)
+    return _load(reader, path, data_files={"train": str(path)}, **_reader_options([path]))
+
+
+def _reader_options(files: Iterable[Path]) -> dict[str, Any]:
+    """For CSV: the text "None" or "NA" is an answer, not a missing value."""
+    files = [file for file in files if _reader(file) == "csv"]
+    if not files:
+        return {}
+    separated = {"sep": "\t"} if any(".tsv" in file.suffixes for file in files) else {}
+    return {"keep_default_na": False, **separated}
 
 
 def _load_folder(path: Path) -> datasets.DatasetDict:
@@ -115,12 +118,13 @@ def _load_folder(path: Path) -> datasets.DatasetDict:
             if isinstance(loaded, package.Dataset)
             else loaded
         )
-    if not any(_reader(file) for file in path.rglob("*") if file.is_file()):
+    files = [file for file in path.rglob("*") if file.is_file() and _reader(file)]
+    if not files:
         raise DataError(
             f"{path} holds no dataset: neither one written by save_to_disk nor .jsonl, .json, "
             ".parquet, .csv or .tsv files"
         )
-    return _load(str(path), path)
+    return _load(str(path), path, **_reader_options(files))
 
 
 def _load(reader: str, path: Path, **kwargs: Any) -> datasets.DatasetDict:

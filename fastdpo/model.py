@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .config import DPOConfig, ModelConfig
-from .errors import CheckpointError, ConfigError, MissingPackageError, ModelError
+from .errors import CheckpointError, ConfigError, MissingPackageError, ModelError, did_you_mean
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What PEFT's config says of where a model came from and which library wrote it.
@@ -261,7 +261,11 @@ def _check_exists(name: str) -> None:
         path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
     )
     if looks_like_path and not path.exists():
-        raise ModelError(f"model folder {name!r} does not exist")
+        there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"model folder {name!r} does not exist{did_you_mean(path.name, there)}; a name of the "
+            "hub is written owner/name"
+        )
     if path.is_file():
         raise ModelError(f"model {name!r} is a file; expected a folder that holds config.json")
     if path.is_dir() and not any(

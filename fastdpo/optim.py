@@ -44,8 +44,9 @@ def make_optimizer(model: nn.Module, args: DPOConfig) -> torch.optim.Optimizer:
     try:
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
+        name = getattr(args.optim, "value", args.optim)
         raise MissingPackageError(
-            f"optim={str(args.optim)!r} needs a package that is not installed ({error}); "
+            f"optim={name!r} needs a package that is not installed ({error}); "
             "pip install 'fastdpo[qlora]' brings bitsandbytes"
         ) from error
     return optimizer_class(groups, **kwargs)

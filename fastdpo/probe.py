@@ -132,7 +132,7 @@ class Probe:
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
         eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        if device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
             eps = max(eps, 2.0**-10)
         return eps, bool(dtypes & set(_HALF_DTYPES)) or eps == 2.0**-10
 

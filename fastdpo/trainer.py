@@ -319,8 +319,6 @@ class DPOTrainer:
         args = self.args
         if self.train_pairs is None:
             raise DataError("train() needs a train_dataset; this trainer was made without one")
-        found = self._open_output_dir(resume_from_checkpoint or args.resume_from_checkpoint)
-        self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         self.plan = StepPlan(self.train_pairs, args, self.packer)
         self.state.max_steps = self.plan.max_steps
         self.state.num_train_epochs = self.plan.n_epochs
@@ -332,6 +330,9 @@ class DPOTrainer:
             self.lr_scheduler = make_scheduler(self.optimizer, args, self.state.max_steps)
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
+        # Whatever could be refused has been by now: only then may an earlier run be cleared away.
+        found = self._open_output_dir(resume_from_checkpoint or args.resume_from_checkpoint)
+        self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         self.place = (0, 0)
         if found:
             resume.put_back(self, found)
@@ -433,7 +434,10 @@ class DPOTrainer:
         self.model.eval()
         self.log(metrics)
         if self.state.is_world_process_zero:
-            plot_curves(self.output_dir / METRICS_FILE, self.output_dir / CURVES_FILE)
+            try:
+                plot_curves(self.output_dir / METRICS_FILE, self.output_dir / CURVES_FILE)
+            except OSError as error:  # a full disk; the model is still to be saved
+                logger.warning("%s could not be written: %s", CURVES_FILE, error)
         self.control = self._event("on_train_end")
         return TrainOutput(self.state.global_step, training_loss, metrics)
 

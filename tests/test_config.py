@@ -383,3 +383,28 @@ def test_missing_files(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_yaml(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_r": 4}, "'lora_r' has no effect without 'use_peft'"),
+        ({"use_dora": True, "lora_alpha": 8}, "leave lora_alpha, use_dora out"),
+        ({"use_bnb_nested_quant": True}, "'use_bnb_nested_quant' has no effect without 'load_in_4"),
+    ],
+)
+def test_model_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**options)
+
+
+def test_permission_to_overwrite_is_not_written_down(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path / "run"), overwrite_output_dir=True, beta=0.2)
+    args.save_yaml(tmp_path / "config.yaml")
+    again = DPOConfig.from_yaml(tmp_path / "config.yaml")
+    assert again.beta == 0.2 and not again.overwrite_output_dir
+
+
+def test_a_config_on_a_full_disk_is_one_line():
+    with pytest.raises(ConfigError, match="can't be written: No space left"):
+        write_yaml("/dev/full", {"beta": 0.1})

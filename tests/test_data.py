@@ -540,9 +540,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, plain):
 
 
 def test_csv_words_for_nothing_are_words(tmp_path, plain):
-    path = write(tmp_path / "x.csv", "prompt,chosen,rejected\nwhat,None,NA\nwhat,,null\n")
+    (tmp_path / "folder").mkdir()
+    text = "prompt,chosen,rejected\nwhat,None,NA\nwhat,,null\n"
+    path = write(tmp_path / "x.csv", text)
+    write(tmp_path / "folder" / "train.csv", text)
     dataset = load_dataset_split(path)
     assert dataset[0] == {"prompt": "what", "chosen": "None", "rejected": "NA"}
+    assert load_dataset_split(tmp_path / "folder").to_list() == dataset.to_list()
     with pytest.raises(DataError, match="row 1 .*'chosen' is empty"):
         tokenize(dataset, plain)
 

@@ -53,7 +53,7 @@ def head_inputs(
 
 
 def no_tf32() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def oracle(inputs: Inputs, dtype: torch.dtype, *, trained: bool) -> tuple[Any, Any, Any]:

@@ -1,8 +1,10 @@
 """The loop: it learns, its gradient does not depend on packing, and a resume is bitwise equal."""
 
+import contextlib
 import copy
 import json
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,14 @@ def trainer(tmp_path, model=None, pairs=None, **overrides) -> DPOTrainer:
         train_dataset=pairs if pairs is not None else tiny_pairs(16, pairs_per_prompt=2),
         **init,
     )
+
+
+@contextlib.contextmanager
+def hidden_package(name: str):
+    """As if the package were not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        yield
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -356,6 +366,11 @@ def test_an_output_folder_is_never_overwritten(tmp_path):
     with pytest.raises(CheckpointError, match="already holds an earlier run"):
         trainer(tmp_path).train()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    with pytest.raises(MissingPackageError, match="optim='adamw_8bit' needs a package"):
+        with_8bit = trainer(tmp_path, overwrite_output_dir=True, optim="adamw_8bit")
+        with hidden_package("bitsandbytes"):
+            with_8bit.train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before  # refused before it clears
     trainer(tmp_path, overwrite_output_dir=True).train()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("precious")
@@ -581,3 +596,16 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
 def test_first_step_check_allows_for_fp32_norms_in_an_fp64_model(tmp_path):
     model = tiny_llama(dtype=torch.float64)
     trainer(tmp_path, model=model, precompute_ref_log_probs=True, max_steps=1).train()
+
+
+def test_a_picture_that_cannot_be_written_costs_no_run(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    made = trainer(tmp_path)
+
+    class TakeThePlace(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (tmp_path / "run" / "curves.png").mkdir(exist_ok=True)
+
+    made.add_callback(TakeThePlace())
+    assert made.train().global_step == made.state.max_steps
+    assert "curves.png could not be written" in caplog.text
