@@ -362,6 +362,15 @@ class TrainingOptions:
     disable_dropout: bool = option(True, "Train without dropout, as the reference is computed.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
+    compile: str = option(
+        "off",
+        "layers: torch.compile each decoder layer, packs padded to 8 lengths. auto: where it can "
+        "on a GPU. Unmeasured there so far, hence off.",
+        ("auto", "off", "layers"),
+    )
+    use_liger_kernel: bool = option(
+        False, "liger-kernel's norms, rotary embedding and MLP (not its loss); needs a GPU."
+    )
     logps_impl: str = option(
         "auto", "Implementation of the log-prob kernel.", ("auto", "triton", "torch")
     )

@@ -200,6 +200,10 @@ def _packed_attention(
     return out.unsqueeze(0)
 
 
+# No part of compiled graphs (body.py): its segments differ from pack to pack.
+_uncompiled: Any = torch.compiler.disable(_packed_attention)
+
+
 def _attention_function(backend: str, plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module,
@@ -218,7 +222,7 @@ def _attention_function(backend: str, plain: str) -> Callable[..., tuple[Tensor,
             return function(
                 module, *qkv, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        out = _packed_attention(
+        out = _uncompiled(
             backend,
             module,
             query,

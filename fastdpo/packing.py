@@ -228,6 +228,13 @@ class _Rows:
             start = int(k_rows[0]) if repeated else 0
             self.prompts.append((start, start + repeated))
 
+    def pad_to(self, length: int) -> None:
+        """Appends rows that stand for nothing, in segments no longer than those there are."""
+        longest = max(self.k_lengths)
+        while self.n < length:
+            n = min(longest, length - self.n)
+            self.segment(n, self.append(np.zeros(n, np.int32), 0, 0, False))
+
 
 def _lay_out(
     groups: list[_Group], share: bool, with_last: bool, rope_threshold: int | None
@@ -263,6 +270,7 @@ def build_pack(
     mode: str,
     with_last: bool = False,
     rope_threshold: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> Pack:
     """Lays out the pairs `pair_ids` as one pack, on the host.
 
@@ -271,6 +279,7 @@ def build_pack(
     token without a row that predicts it: that token is neither scored nor counted. `with_last`
     puts responses' last tokens through the model too, for losses of all tokens (router_loss.py).
     Sequences of more than `rope_threshold` tokens share no prompt with shorter ones (rotary.py).
+    Packs are padded at their tail to the next of `lengths`, ascending, by rows that nobody reads.
     """
     if mode not in MODES:
         raise ConfigError(f"packing mode {mode!r} is none of {MODES}{did_you_mean(mode, MODES)}")
@@ -278,6 +287,8 @@ def build_pack(
     groups = _groups(pairs, pair_ids.tolist())
     rows = _lay_out(groups, mode == "shared", with_last, rope_threshold)
 
+    if mode != "padded":
+        rows.pad_to(next((n for n in lengths if n >= rows.n), rows.n))
     pair_responses = np.empty((len(pair_ids), 2), np.int64)
     owners, targets = [], []
     for group in groups:
@@ -286,9 +297,9 @@ def build_pack(
         owners += group.owners
         targets += [r[0 if len(group.prompt) else 1 :] for r in group.responses]
     predict = _concatenate(rows.predict, np.int64)
-    lengths = pairs.lengths[pair_ids]  # [P, 3]
-    full = lengths[:, :1] + lengths[:, 1:]  # [P, 2]
-    inputs = full if with_last else lengths[:, :1] + np.maximum(lengths[:, 1:] - 1, 0)
+    by_pair = pairs.lengths[pair_ids]  # [P, 3]
+    full = by_pair[:, :1] + by_pair[:, 1:]  # [P, 2]
+    inputs = full if with_last else by_pair[:, :1] + np.maximum(by_pair[:, 1:] - 1, 0)
     max_seqlen = max(rows.k_lengths)
     is_long = _concatenate(rows.is_long, np.bool_)
 

@@ -17,6 +17,7 @@ from fastdpo_kernels.impls import why_not_triton
 
 from .adapters import add_adapter
 from .batch import Pack
+from .body import apply_liger, compile_layers, wants_compile
 from .config import DPOConfig
 from .errors import ConfigError, ModelError, did_you_mean
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
@@ -71,6 +72,7 @@ class Models:
     packed: PackedForwardInfo
     packed_reference: PackedForwardInfo
     router: RouterLoss | None
+    compiled: bool
 
 
 def prepare_models(
@@ -110,9 +112,13 @@ def prepare_models(
         reference = NoReference(policy)
     if args.sync_ref_model:
         check_can_follow(reference, policy, args.ref_model_mixup_alpha)
+    if args.use_liger_kernel:
+        apply_liger(base_model(policy))
     packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
     if reference.model is not policy:
         _place(reference.model, args.device)
+        if args.use_liger_kernel:
+            apply_liger(base_model(reference.model))
         packed_reference = _bind(reference.model, args, forward, packed.mode)
     with forward.autocast():
         router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
@@ -125,10 +131,13 @@ def prepare_models(
                 "router's loss; leave it out, or set router_aux_loss_coef: 0"
             )
         _checkpoint_activations(policy, {"use_reentrant": False, **_kwargs_of(args)})
+    compiled = wants_compile(base_model(policy), packed, args)
+    for model in {id(m): m for m in (policy, reference.model)}.values() if compiled else ():
+        compile_layers(base_model(model))
     logger.info(
         "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
     )
-    return Models(policy, reference, forward, packed, packed_reference, router)
+    return Models(policy, reference, forward, packed, packed_reference, router, compiled)
 
 
 def open_reference_cache(

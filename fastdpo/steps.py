@@ -27,6 +27,7 @@ class Packer:
     max_seqlen: the longest sequence that the model's rotary embedding takes in a pack, if bounded.
     with_last: whether responses' last tokens, which predict nothing, go through the model too.
     rope_threshold: sequences longer than this get other rotary frequencies, if there are any.
+    lengths: what packs are padded to, if anything.
     """
 
     mode: str
@@ -35,6 +36,7 @@ class Packer:
     max_seqlen: int | None = None
     with_last: bool = False
     rope_threshold: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
         """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
@@ -71,6 +73,7 @@ class Packer:
             mode=self.mode,
             with_last=self.with_last,
             rope_threshold=self.rope_threshold,
+            lengths=self.lengths,
         )
         if self.device.type == "cuda":
             pack = pack.pin_memory().to(self.device, non_blocking=True)

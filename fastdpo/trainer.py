@@ -30,6 +30,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from . import checkpoint as ckpt
 from . import resume, saving
 from .batch import Pack
+from .body import compiled_graphs, pack_lengths
 from .config import DPOConfig
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
@@ -127,7 +128,7 @@ class DPOTrainer:
         )
         self.model, self.packed_forward = models.policy, models.packed
         self._forward, self._reference_name = models.forward, models.reference.name
-        self.router = models.router
+        self.router, self.compiled = models.router, models.compiled
         self.packer = Packer(
             models.packed.mode,
             self.args.max_tokens_per_pack,
@@ -135,6 +136,7 @@ class DPOTrainer:
             models.packed.max_seqlen,
             with_last=self.router is not None,  # its loss is one of all tokens
             rope_threshold=models.packed.rope_threshold,
+            lengths=pack_lengths(self.args.max_tokens_per_pack) if models.compiled else (),
         )
         read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
@@ -456,6 +458,8 @@ class DPOTrainer:
             logs["skipped_steps"] = self.guard.n_bad
         logs["learning_rate"] = self.learning_rate
         logs |= means | self.run_log.read()
+        if self.compiled:
+            logs["compiled_graphs"] = compiled_graphs()
         self.metrics.reset()
         self.run_log.show(logs)
         self.log(logs)

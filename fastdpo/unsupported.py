@@ -47,8 +47,7 @@ WAY_OUT = {
     "padding_free": "packs have no padding anyway: see packing_mode",
     "precompute_ref_batch_size": "packs are filled by tokens: set max_tokens_per_pack",
     "push_to_hub": "upload output_dir with `hf upload`",
-    "torch_compile": "its log-probs are fused already",
-    "use_liger_kernel": "its log-probs are fused already",
+    "torch_compile": "use compile: layers",
 }
 
 # Names that users of older TRL or transformers releases know.

@@ -1,0 +1,137 @@
+"""The decoder's layers, made faster: liger-kernel's, or torch.compile layer by layer.
+
+Attention stays outside the compiled graphs: its segments differ from pack to pack, and it is one
+kernel already. What remains depends on a pack's length alone, and packs are padded at their tail to
+few lengths, so that few graphs serve a run. The head is never touched: see logps.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import DPOConfig
+from .errors import ConfigError, MissingPackageError, ModelError
+from .logps import PackedForwardInfo, decoder_of
+from .model import is_quantized
+
+logger = logging.getLogger(__name__)
+
+N_LENGTHS = 8
+LENGTH_STEP = 64  # tokens; what tiles of matrix products divide by
+_MOST_GRAPHS = 64  # lengths, times policy and reference, times training and evaluation
+_BACKEND = "inductor"
+
+
+# ---- liger-kernel ------------------------------------------------------------------------------
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """liger-kernel's norms, rotary embedding and gated MLP in place of the model's own.
+
+    Not its fused loss: log-probs are ours. Raises `MissingPackageError` without the package,
+    `ModelError` for a model that it doesn't have, `ConfigError` where its kernels can't run.
+    """
+    try:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            _apply_liger_kernel_to_instance,
+        )
+        from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+        )
+    except ImportError as error:
+        raise MissingPackageError(
+            "use_liger_kernel needs liger-kernel: pip install liger-kernel"
+        ) from error
+    if model.device.type != "cuda":
+        raise ConfigError(
+            f"use_liger_kernel: its kernels need a GPU, this model is on {model.device.type}; "
+            "leave it out"
+        )
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(
+            f"use_liger_kernel: liger-kernel has no layers for {kind!r}; use compile: layers"
+        )
+    _apply_liger_kernel_to_instance(
+        model=model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    logger.info("layers: liger-kernel's for %s", kind)
+
+
+# ---- torch.compile -----------------------------------------------------------------------------
+
+
+def wants_compile(model: PreTrainedModel, packed: PackedForwardInfo, args: DPOConfig) -> bool:
+    """Whether the layers are to be compiled; `ConfigError` where that is asked for and can't be.
+
+    `auto` compiles where it can and says why it doesn't elsewhere.
+    """
+    if args.compile == "off":
+        return False
+    reason = None
+    if packed.mode == "padded":
+        reason = "padded batches have a shape each"
+    elif is_quantized(model):
+        reason = "quantized layers break its graphs"
+    elif args.compile == "auto" and args.device.type != "cuda":
+        reason = "it pays on a GPU"
+    elif args.compile == "auto" and args.use_liger_kernel:
+        reason = "liger-kernel's layers are fused already"
+    if reason is None:
+        return True
+    if args.compile == "layers":
+        raise ConfigError(f"'compile' is 'layers', but {reason}; use 'auto' or 'off'")
+    logger.info("layers: not compiled, %s", reason)
+    return False
+
+
+def pack_lengths(max_tokens: int) -> tuple[int, ...]:
+    """The lengths that packs of at most `max_tokens` are padded to, ascending."""
+    step = -(-max_tokens // (N_LENGTHS * LENGTH_STEP)) * LENGTH_STEP
+    return tuple(sorted({min(step * i, max_tokens) for i in range(1, N_LENGTHS + 1)}))
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each layer of the decoder for static shapes; layers of one class share graphs.
+
+    Gradient checkpointing stays around the compiled function: what it recomputes is compiled too.
+    """
+    layers = getattr(decoder_of(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__} has no list of layers to compile; compile: off")
+    limit = torch._dynamo.config
+    limit.recompile_limit = max(limit.recompile_limit, _MOST_GRAPHS)
+    for layer in layers:
+        function = getattr(layer.forward, "__func__", type(layer).forward)
+        # transformers may checkpoint inside forward, around this one.
+        plain = getattr(function, "__wrapped__", function)
+        layer.forward = types.MethodType(_compiled_forward(plain, plain is not function), layer)
+    logger.info("layers: %d compiled by %s", len(layers), _BACKEND)
+
+
+@functools.cache
+def _compiled_forward(plain: Any, checkpoints: bool) -> Any:
+    compiled = torch.compile(plain, backend=_BACKEND, dynamic=False)
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if checkpoints and self.gradient_checkpointing and self.training:
+            function = functools.partial(compiled, self, **kwargs)
+            return self._gradient_checkpointing_func(function, *args)
+        return compiled(self, *args, **kwargs)
+
+    return forward
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled; no device work."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,151 @@
+"""Compiled layers and liger's: the same numbers, few graphs, and what can't be is refused."""
+
+import copy
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+import fastdpo.body as body
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.body import apply_liger, compile_layers, compiled_graphs, pack_lengths
+from fastdpo.errors import ConfigError, MissingPackageError, ModelError
+from fastdpo.logps import prepare_packed_forward
+from fastdpo.packing import build_pack
+
+from .families import by_name
+from .test_keystone import mixed_pairs
+from .tiny import tiny_llama, tiny_pairs
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Traced and differentiated ahead of time as for inductor, but run by eager kernels."""
+    monkeypatch.setattr(body, "_BACKEND", "aot_eager")
+    body._compiled_forward.cache_clear()
+    torch._dynamo.reset()
+    yield
+    body._compiled_forward.cache_clear()
+    torch._dynamo.reset()
+
+
+def forward_and_gradients(model: Any, pack) -> list[torch.Tensor]:
+    model.zero_grad()
+    token_logps = model(pack=pack).token_logps
+    (token_logps * torch.linspace(-1, 1, len(token_logps))).sum().backward()
+    return [token_logps.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_numbers_from_few_graphs(checkpointing: bool) -> None:
+    model: Any = tiny_llama(vocab_size=64, num_hidden_layers=3, dtype=torch.float64).train()
+    plain = copy.deepcopy(model)
+    for one in (model, plain):
+        prepare_packed_forward(one)
+        if checkpointing:
+            one.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model)
+    before, graphs = compiled_graphs(), []
+    for seed in range(4):
+        pairs = tiny_pairs(4, seed=seed, vocab_size=64, pairs_per_prompt=2)
+        pack = build_pack(pairs, range(4), mode="shared", lengths=(128, 256))
+        assert pack.n_tokens == 128
+        found, expected = forward_and_gradients(model, pack), forward_and_gradients(plain, pack)
+        for a, b in zip(found, expected, strict=True):
+            # fp64, but norms compute in fp32: as in test_keystone.py.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(b.abs().max()))
+        graphs.append(compiled_graphs() - before)
+    assert 0 < graphs[0] == graphs[3]  # one length: no pack compiles anew
+    pack = build_pack(tiny_pairs(16, vocab_size=64), range(16), mode="shared", lengths=(128, 512))
+    forward_and_gradients(model, pack)
+    assert compiled_graphs() - before == 2 * graphs[0]  # another length: as many again
+
+
+def test_padded_tails_change_nothing() -> None:
+    model: Any = by_name("GPT-OSS").build()  # windows and sinks
+    prepare_packed_forward(model)
+    pairs = mixed_pairs()
+    pack = build_pack(pairs, range(len(pairs)), mode="shared")
+    padded = build_pack(pairs, range(len(pairs)), mode="shared", lengths=(64, 200, 300))
+    assert pack.n_tokens < padded.n_tokens == 200 and padded.max_seqlen == pack.max_seqlen
+    assert float(padded.multiplicity.sum()) == float(pack.multiplicity.sum())
+    assert max(k - j for _, _, j, k in padded.layout.segments) == pack.layout.max_seqlen_k  # type: ignore[union-attr]
+    with torch.no_grad():
+        found, expected = model(pack=padded).token_logps, model(pack=pack).token_logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # fp32, other matmul shapes
+
+
+def test_pack_lengths_are_few_and_hold_every_pack() -> None:
+    assert pack_lengths(8192) == tuple(1024 * i for i in range(1, 9))
+    assert pack_lengths(1000) == (128, 256, 384, 512, 640, 768, 896, 1000)
+    assert pack_lengths(100) == (64, 100)
+
+
+def config(tmp_path, **options) -> DPOConfig:
+    return DPOConfig(
+        output_dir=str(tmp_path / "run"),
+        overwrite_output_dir=True,
+        learning_rate=1e-2,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        max_tokens_per_pack=256,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+
+
+def test_a_compiled_run_is_the_same_run(tmp_path) -> None:
+    pairs = tiny_pairs(12, pairs_per_prompt=2)
+    runs = []
+    for compile in ("off", "layers"):
+        made = DPOTrainer(tiny_llama(), args=config(tmp_path, compile=compile), train_dataset=pairs)
+        made.train()
+        runs.append([log for log in made.state.log_history if "grad_norm" in log])
+    for plain, compiled in zip(*runs, strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+        assert compiled["compiled_graphs"] > 0 and "compiled_graphs" not in plain
+    assert runs[1][-1]["num_tokens"] % 64 == 0 != runs[0][-1]["num_tokens"] % 64
+
+
+def test_what_cannot_be_compiled_is_refused_or_left(tmp_path, caplog) -> None:
+    pairs = tiny_pairs(12)
+    options = {"compile": "layers", "packing_mode": "padded"}
+    with pytest.raises(ConfigError, match="'compile' is 'layers', but padded batches have a shape"):
+        DPOTrainer(tiny_llama(), args=config(tmp_path, **options), train_dataset=pairs)
+    with caplog.at_level("INFO", "fastdpo.body"):
+        made = DPOTrainer(tiny_llama(), args=config(tmp_path, compile="auto"), train_dataset=pairs)
+    assert not made.compiled and "layers: not compiled, it pays on a GPU" in caplog.text
+    model = by_name("GPT-2").build()
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no list of layers.*compile: off"):
+        compile_layers(model)
+
+
+def test_ligers_layers_without_its_loss(monkeypatch) -> None:
+    model: Any = tiny_llama()
+    with pytest.raises(MissingPackageError, match="pip install liger-kernel"):
+        apply_liger(model)
+    package = types.ModuleType("liger_kernel.transformers")
+    patches = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    calls = []
+    package._apply_liger_kernel_to_instance = lambda **kwargs: calls.append(kwargs)  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    for name, module in (
+        ("liger_kernel", types.ModuleType("liger_kernel")),
+        ("liger_kernel.transformers", package),
+        ("liger_kernel.transformers.monkey_patch", patches),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ConfigError, match="its kernels need a GPU, this model is on cpu"):
+        apply_liger(model)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    apply_liger(model)
+    assert calls == [{"model": model, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+    model.config.model_type = "rare"
+    with pytest.raises(ModelError, match="no layers for 'rare'; use compile: layers"):
+        apply_liger(model)
