@@ -227,7 +227,7 @@ class TrainingOptions:
     label_smoothing: float = option(
         0.0,
         "Share of labels taken to be flipped, in [0, 0.5): cDPO with sigmoid; robust, exo_pair "
-        "(which needs it > 0), aot, aot_unpaired, simpo, cpo.",
+        "(which needs it > 0), aot, aot_unpaired, simpo, cpo; those of a mix that take it.",
     )
     f_divergence_type: str = option(
         "reverse_kl", "Divergence that holds the policy to the reference (f-DPO).", F_DIVERGENCES

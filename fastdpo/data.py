@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from fastdpo.data_columns import read_columns, require_columns
 from fastdpo.data_encode import Encoded, EncodePlan, Problem, encode_rows
 from fastdpo.data_formats import FORMATS, UNPAIRED, detect_format, used_columns
-from fastdpo.data_pairs import TokenizedPairs, unpaired, with_mismatches
+from fastdpo.data_pairs import TokenizedPairs, mismatch_sources, unpaired, with_mismatches
 from fastdpo.data_report import DataReport, LengthSummary
 from fastdpo.data_sources import load_dataset_split
 from fastdpo.errors import ConfigError, DataError, did_you_mean
@@ -124,9 +124,14 @@ def tokenize_pairs(
         pairs = replace(pairs, columns=read_columns(rows, number_columns, pairs.rows, name))
     if mismatch_block is not None:
         examples = pairs if format_name == UNPAIRED else unpaired(pairs)
-        pairs = with_mismatches(examples, mismatch_block, max_length)
+        sources = mismatch_sources(len(examples), mismatch_block)
+        pairs = with_mismatches(examples, sources, max_length)
     unused = tuple(column for column in columns if column not in used)
-    return pairs, _report(pairs, parts, problems, plan, name, n_rows, on_bad_row, unused)
+    report = _report(pairs, parts, problems, plan, name, n_rows, on_bad_row, unused)
+    if mismatch_block is not None and mismatch_block > 1:
+        own = sum(np.array_equal(pairs.prompt(i), pairs.prompt(k)) for i, k in enumerate(sources))
+        report = replace(report, n_mismatched_own_prompt=own)
+    return pairs, report
 
 
 def _rows_of(dataset: Any, name: str) -> tuple[list[str], Any]:

@@ -128,22 +128,29 @@ def unpaired(pairs: TokenizedPairs) -> TokenizedPairs:
     return TokenizedPairs(ids, offsets, pairs.rows[index], columns)
 
 
-def with_mismatches(examples: TokenizedPairs, block: int, max_length: int | None) -> TokenizedPairs:
-    """The examples with the response of a neighbour as their second one, all cut to `max_length`.
+def mismatch_sources(n: int, block: int) -> np.ndarray:
+    """[n]: the example whose response each of `n` examples is given as its mismatched one.
 
     Of every `block` examples the first takes the last one's response and the others that of the
     one before them (KTO, arXiv 2402.01306 sec. 4.1: outputs shifted by one within a batch; TRL's
     rotation). A last block of a single example joins the one before, lest it keep its own response.
     With `block` 1 all do, for losses without a KL baseline: packs hold equal responses once.
     """
-    n = len(examples)
     firsts = np.arange(0, n, block)
     if block > 1 and len(firsts) > 1 and n - firsts[-1] == 1:
         firsts = firsts[:-1]
-    source = np.arange(n) - 1
-    source[firsts] = np.append(firsts[1:], n) - 1
+    sources = np.arange(n) - 1
+    sources[firsts] = np.append(firsts[1:], n) - 1
+    return sources
+
+
+def with_mismatches(
+    examples: TokenizedPairs, sources: np.ndarray, max_length: int | None
+) -> TokenizedPairs:
+    """The examples with the responses of `sources` as their second ones, all cut to `max_length`
+    behind the prompt that they now have."""
     starts, lengths = examples._starts.copy(), examples.lengths.copy()
-    starts[:, 2], lengths[:, 2] = starts[source, 1], lengths[source, 1]
+    starts[:, 2], lengths[:, 2] = starts[sources, 1], lengths[sources, 1]
     if max_length is not None:
         lengths[:, 1:] = np.minimum(lengths[:, 1:], max_length - lengths[:, :1])
     ids, offsets = _gather(examples.ids, starts, lengths)

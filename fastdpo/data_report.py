@@ -62,6 +62,7 @@ class DataReport:
     n_double_bos: int = 0
     n_without_eos: int = 0
     n_empty_prompt: int = 0
+    n_mismatched_own_prompt: int = 0
     unused_columns: tuple[str, ...] = ()
     example: str = ""
 
@@ -118,6 +119,11 @@ class DataReport:
             (self.n_empty_prompt, "there is no prompt token"),
         )  # fmt: skip
         events += [f"in {n:,} pairs {what}" for n, what in notes if n]
+        if self.n_mismatched_own_prompt:
+            events.append(
+                f"{self.n_mismatched_own_prompt:,} mismatched responses answer the very prompt "
+                "that they stand behind, which biases the KL baseline: shuffle the rows"
+            )
         if self.n_without_eos:
             events.append(
                 f"{self.n_without_eos:,} responses do not end with EOS: the chat template "

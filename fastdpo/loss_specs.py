@@ -92,7 +92,7 @@ SPECS: dict[str, LossSpec] = {
     ),
     "sft": LossSpec(
         "negative log-likelihood of the chosen responses, mean over the step's tokens; mixed in "
-        "as in MPO, arXiv 2411.10442 eq. 7"
+        "as in MPO, arXiv 2411.10442"
     ),
     "sigmoid_norm": LossSpec(
         "length-normalised DPO, Tulu 3, arXiv 2411.15124 sec. 5.1", f_divergence=True

@@ -4,6 +4,7 @@ options that feed and mix them; and what is refused."""
 import copy
 import functools
 import math
+import re
 import tempfile
 
 import numpy as np
@@ -518,6 +519,13 @@ def test_bad_numbers_are_named_by_row(tmp_path, column, option, values, parts):
     [
         ({"loss_type": "exo_pair"}, ["'exo_pair'", "label_smoothing > 0"]),
         ({"loss_type": "robust", "label_smoothing": 0.5}, ["'label_smoothing'", "< 0.5"]),
+        ({"loss_type": "robust", "label_smoothing": 0.9}, ["'label_smoothing'", "0.9"]),
+        ({"label_smoothing": -0.1}, ["'label_smoothing'", ">= 0", "-0.1"]),
+        ({"label_smoothing": math.nan}, ["'label_smoothing'", "nan"]),
+        ({"beta": 0}, ["'beta'", "> 0"]),
+        ({"loss_type": "discopop", "discopop_tau": 0}, ["'discopop_tau'", "> 0"]),
+        ({"loss_type": "ipo,sft", "label_smoothing": 0.1}, ["'label_smoothing'", "'ipo', 'sft'"]),
+        ({"loss_type": "sigmoid,nca_pair", "f_divergence_type": "js_divergence"}, ["nca_pair"]),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, ["'label_smoothing'", "'ipo'", "sigmoid"]),
         ({"ld_alpha": 1.2}, ["'ld_alpha'", "<= 1", "1.2"]),
         ({"ld_alpha": -0.1}, ["'ld_alpha'", ">= 0"]),
@@ -583,7 +591,8 @@ def test_every_loss_is_declared_and_documented():
         assert set(loss.spec.parameters) == set(loss.fn.__kwdefaults__ or {}) | (
             set(loss.fn.__annotations__) - {"logps", "beta", "return"}
         )
-        assert isinstance(loss.spec, LossSpec) and loss.spec.source
+        assert isinstance(loss.spec, LossSpec)
+        assert re.search(r"arXiv \d{4}\.\d{5}", loss.spec.source), name
 
 
 def test_the_fused_loss_is_the_plain_one():

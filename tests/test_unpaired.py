@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import TokenizedPairs, tokenize_pairs
-from fastdpo.data_pairs import unpaired, with_mismatches
+from fastdpo.data_pairs import mismatch_sources, unpaired, with_mismatches
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.losses import REGISTRY, PairLogps
 from tests.test_parity_trl import LOGPS_ATOL, MOVE_RTOL, RTOL, SHARED, compare_weights, trainable
+from tests.test_trainer import LORA
 from tests.tiny import tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the peer to compare with")
@@ -196,7 +198,7 @@ def test_the_same_run_as_trl(tmp_path, case):
     assert moved > 1e-3 and weights < MOVE_RTOL * moved
 
 
-def train(tmp_path, rows=None, **options) -> DPOTrainer:
+def train(tmp_path, rows=None, peft_config=None, resume=None, **options) -> DPOTrainer:
     arguments: dict[str, Any] = {
         **SHARED,
         "output_dir": str(tmp_path),
@@ -211,8 +213,9 @@ def train(tmp_path, rows=None, **options) -> DPOTrainer:
         args=DPOConfig(**arguments),
         train_dataset=rows or rows_of("plain"),
         processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -237,6 +240,33 @@ def test_references_before_training_and_cached_ones_serve_mismatches_too(tmp_pat
     other = train(tmp_path / "e", per_device_train_batch_size=7, **cache)
     done = other.precomputations["train"]
     assert 0.5 * done.n_responses < done.n_found < done.n_responses
+
+
+def test_an_adapter_in_many_packs_and_resumed(tmp_path):
+    """Adapters off are the reference of both responses; a resumed run repeats the whole one."""
+    options: dict[str, Any] = {
+        "peft_config": LoraConfig(**LORA),
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    one = train(tmp_path / "one", **options)
+    many = train(tmp_path / "many", max_tokens_per_pack=64, **options)
+    assert one.pack_stats.n_packs == 3 and many.pack_stats.n_packs > 6
+    # fp32, packs of other sizes, two Adam steps of 1e-3.
+    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    resumed = train(
+        tmp_path / "many",
+        max_tokens_per_pack=64,
+        resume=str(tmp_path / "many" / "checkpoint-1"),
+        **options,
+    )
+    names = ("loss", "kl", "rewards/margins", "logps/chosen")
+    logs = [
+        [[log.get(n) for n in names] for log in of.state.log_history if "loss" in log]
+        for of in (many, resumed)
+    ]
+    assert logs[0] == logs[1] and abs(losses(many)[2] - 0.5) > 1e-5
 
 
 def test_evaluation_takes_the_whole_set_as_one_step(tmp_path):
@@ -281,7 +311,9 @@ def examples_of(rows: list[dict], **options) -> tuple[TokenizedPairs, Any]:
 )
 def test_mismatched_responses_are_the_neighbours(n, block, source):
     pairs = tiny_pairs(n)
-    found = with_mismatches(pairs, block, max_length=24)
+    sources = mismatch_sources(n, block)
+    assert sources.tolist() == source
+    found = with_mismatches(pairs, sources, max_length=24)
     for i in range(n):
         room = 24 - len(pairs.prompt(i))
         assert found.prompt(i).tolist() == pairs.prompt(i).tolist()
@@ -327,11 +359,18 @@ def test_examples_and_their_report():
     assert any("24:" in line and "responses" in line for line in report.lines())
     numbers, _ = examples_of([{**row, "label": int(row["label"])} for row in rows])
     assert np.array_equal(numbers.columns["label"], examples.columns["label"])
-    paired, report = examples_of(tiny_rows(5))
+    paired, report = examples_of(tiny_rows(5, pairs_per_prompt=1))
     assert len(paired) == 10 and report.n_desirable == 5
     assert (
         examples_of(rows, mismatch_block=1)[0].rejected(2).tolist() == examples.chosen(2).tolist()
     )
+    assert report.n_mismatched_own_prompt == 0
+    _, report = examples_of(
+        [{**row, "prompt": rows[i // 3]["prompt"]} for i, row in enumerate(rows)]
+    )
+    # Three in a row: the second and third of each, but for the one that begins a block.
+    assert report.n_mismatched_own_prompt == 5
+    assert any("shuffle the rows" in line for line in report.lines())
     only = [{**row, "label": True} for row in rows]
     assert "undesirable 0 " in " ".join(examples_of(only)[1].lines())
 
