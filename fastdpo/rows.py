@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdpo_kernels.impls import why_not_triton
+
 
 @dataclass(frozen=True)
 class RowGather:
     """`source[index]` for a source of `n_source` rows, and how to add its gradient up.
 
     index [M] int64: the source row of each gathered row.
+    order [M] int64: the places in `index`, grouped by source row; bounds [n_source + 1] int64:
+        where each row's group starts.
     rows [U] int64: the source rows that occur, ascending; None where all of them do.
     first [U] int64: where in `index` each of them occurs first.
     repeats: rounds of further occurrences, each (source rows, places in `index`), no row twice.
@@ -29,6 +33,8 @@ class RowGather:
     """
 
     index: Tensor
+    order: Tensor
+    bounds: Tensor
     n_source: int
     rows: Tensor | None
     first: Tensor
@@ -51,6 +57,8 @@ class RowGather:
         )
         return cls(
             index=torch.from_numpy(index),
+            order=torch.from_numpy(order),
+            bounds=torch.from_numpy(np.searchsorted(sorted_rows, np.arange(n_source + 1))),
             n_source=n_source,
             rows=None if len(starts) == n_source else torch.from_numpy(sorted_rows[starts]),
             first=torch.from_numpy(order[starts]),
@@ -62,6 +70,8 @@ class RowGather:
         return replace(
             self,
             index=fn(self.index),
+            order=fn(self.order),
+            bounds=fn(self.bounds),
             rows=None if self.rows is None else fn(self.rows),
             first=fn(self.first),
             repeats=tuple((fn(rows), fn(places)) for rows, places in self.repeats),
@@ -83,6 +93,10 @@ class _GatherRows(torch.autograd.Function):
 
 def _sum_into_rows(grad: Tensor, gather: RowGather) -> Tensor:
     """Sums `grad` [M, ...] over the places of each source row, in the order of the places."""
+    if why_not_triton(grad.device, grad.dtype) is None:
+        from .rows_triton import sum_rows
+
+        return sum_rows(grad, gather.order, gather.bounds)
     dtype = grad.dtype
     if len(gather.repeats) > 1:  # one addition rounds once anyway; longer sums are kept in fp32
         dtype = torch.promote_types(dtype, torch.float32)
