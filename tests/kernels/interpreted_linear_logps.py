@@ -269,8 +269,10 @@ def test_a_masked_vocabulary():
         head.hidden, head.weight, head.targets, head.bias.masked_fill(out, -torch.inf), head.grad
     )
     got, want = run(op, masked, stats=ALL_STATS), exact(masked)
-    assert torch.allclose(got.logps.double(), want.logps, atol=1e-5)
-    assert torch.allclose(got.d_hidden.double(), want.d_hidden, atol=1e-5)
+    # an infinite logit has no budget: logits of some 20 nat err by an ulp, 2e-6, and gradients by
+    # that times 2 |g| max |W| < 10
+    assert (got.logps.double() - want.logps).abs().max() < 1e-5
+    assert (got.d_hidden.double() - want.d_hidden).abs().max() < 2e-5
     assert got.stats.entropy is not None
     assert torch.isfinite(got.stats.entropy).all() and torch.isfinite(got.d_weight).all()
 

@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, default tiles spill nothing, and every
-launch binds its arguments.
+"""Every Triton kernel compiles for every architecture with a table, default tiles spill nothing,
+and every launch binds its arguments.
 
 No GPU is needed. The compiler runs in processes of its own, without TRITON_INTERPRET; the table of
 resources is printed (pytest -s, or `python -m tests.kernels.aot`).
@@ -40,29 +40,33 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def check(rows: list[dict], capsys) -> None:
+PRODUCTS = {"sm80": "mma", "sm86": "mma", "sm90": "wgmma", "sm100": "tcgen05", "sm120": "mma"}
+
+
+def check(rows: list[dict], capsys, architectures: tuple[str, ...]) -> None:
     with capsys.disabled():
         print("\n" + table(rows))
-    assert {r["arch"] for r in rows} == {"sm80", "sm90", "sm100"}
+    assert {r["arch"] for r in rows} == set(architectures)
     for r in rows:
         where = f"{r['label']} on {r['arch']}"
         assert r["shared"] <= r["shared_limit"], f"{where}: {r['shared']} bytes of shared memory"
         allowed = (r["arch"], r["label"]) in ALLOWED_STACK or not r["default"]
         assert r["stack"] == 0 or allowed, f"{where}: a stack frame of {r['stack']} bytes"
         if r["label"].startswith(("half", "rich", "stats")):
-            expected = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}[r["arch"]]
+            expected = PRODUCTS[r["arch"]]
             assert expected in r["instructions"], f"{where}: no {expected}"
             described = "descriptor" in r["label"] or "persistent" in r["label"]
             assert described == ("tma" in r["instructions"]), where
 
 
 def test_default_tiles(capsys):
-    check(run_program("aot"), capsys)
+    check(run_program("aot"), capsys, ("sm80", "sm90", "sm100"))
 
 
 @pytest.mark.soak
-def test_every_tile(capsys):
-    check(run_program("aot", "--scope", "all"), capsys)
+@pytest.mark.parametrize("arch", PRODUCTS)
+def test_every_tile(arch, capsys):
+    check(run_program("aot", "--scope", "all", "--arch", arch), capsys, (arch,))
 
 
 def check_launches(launches: list[dict]) -> None:

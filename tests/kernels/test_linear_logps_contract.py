@@ -48,13 +48,14 @@ def test_autocast_rounds_hidden_as_linear_would_and_nothing_else():
     head = peaked_head(64, 33, 501, bias=True)
     with torch.autocast("cpu", torch.bfloat16):
         under = run(linear_logps, head)
-        oracle = run(linear_logps, head, impl="reference")
+        oracle = run(linear_logps, head, impl="reference")  # fp32 on rounded operands
     rounded = Head(head.hidden.bfloat16(), head.weight, head.targets, head.bias, head.grad)
     outside = run(linear_logps, rounded)
     assert torch.equal(under.logps, outside.logps) and under.logps.dtype == torch.float32
     assert torch.equal(under.d_weight, outside.d_weight)
     assert torch.equal(under.d_hidden.bfloat16(), outside.d_hidden)
-    torch.testing.assert_close(under.logps, oracle.logps, rtol=1e-5, atol=1e-5)
+    for logps in (under.logps, oracle.logps):
+        numerics.assert_logps_close(_rounded(rounded), logps)
     double = peaked_head(4, 8, 33, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear_logps(double.hidden, double.weight, double.targets).dtype == torch.float64
@@ -77,6 +78,22 @@ def test_triton_by_name_never_falls_back(monkeypatch):
     head = peaked_head(3, 8, 33)
     with pytest.raises(RuntimeError, match='impl="triton" cannot run here'):
         linear_logps(head.hidden, head.weight, head.targets, impl="triton")
+
+
+def test_devices_that_triton_does_not_serve_are_named(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert impls.why_not_triton(device, torch.bfloat16) == (
+        "AMD GPUs (ROCm) have no table of tiles yet"
+    )
+    with pytest.raises(RuntimeError, match=r'AMD GPUs \(ROCm\).*; use impl="auto" or "torch"'):
+        impls.choose_impl("linear_logps", "triton", device, torch.bfloat16)
+    assert impls.choose_impl("linear_logps", "auto", device, torch.bfloat16) == "torch"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(impls, "_capability", lambda index: (7, 5))
+    assert "capability 8.0" in (impls.why_not_triton(device, torch.float16) or "")
+    monkeypatch.setattr(impls, "_capability", lambda index: (8, 9))
+    assert impls.why_not_triton(device, torch.float16) is None
 
 
 def test_double_backward_is_refused_by_name():

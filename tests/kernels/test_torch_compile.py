@@ -78,7 +78,9 @@ def test_an_adapter_under_autocast(backend):
 
     compiled, eager = both(loss, [head.hidden.requires_grad_(), a, b], backend)
     assert torch.equal(compiled[1], eager[1])  # rounded alike
-    torch.testing.assert_close(compiled[2:], eager[2:])
+    # bf16 gradients, rounded two or three times each (half of eps 8e-3)
+    for one, other in zip(compiled[2:], eager[2:], strict=True):
+        assert (one - other).norm() <= 3 * 2.0**-8 * other.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -101,7 +101,7 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it serves CUDA devices, not {device.type!r}"
     if torch.version.hip is not None:
-        return "AMD GPUs are not tuned for yet"
+        return "AMD GPUs (ROCm) have no table of tiles yet"
     index = torch.cuda.current_device() if device.index is None else device.index
     if _capability(index) < (8, 0):
         return "it needs compute capability 8.0 (Ampere) or newer"

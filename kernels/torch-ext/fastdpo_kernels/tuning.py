@@ -120,7 +120,10 @@ TABLES: dict[str, dict[str, tuple[Gemm, ...]]] = {
     "sm86": _AMPERE,
     "sm90": _HOPPER,
     "sm100": _BLACKWELL,
-    "sm120": _AMPERE,
+    "sm120": _AMPERE
+    | {  # 128 x 128 with a softcap needs a stack frame there
+        "rich": (Gemm(64, 128, 32, 4, 4), Gemm(128, 128, 32, 8, 4)),
+    },
     "interpreter": {
         kind: (Gemm(32, 64, 32, 4, 2), Gemm(32, 64, 32, 4, 2, loads="persistent"))
         for kind in ("half", "rich", "stats", "float32")
