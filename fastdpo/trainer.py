@@ -72,7 +72,8 @@ class DPOTrainer:
         ref_model: the reference, a model or its name; by default the policy's initial state
             (`args.reference`).
         args: a `DPOConfig`; TRL's names.
-        train_dataset: a `datasets.Dataset`, a list of dicts, or `TokenizedPairs`.
+        train_dataset: a `datasets.Dataset`, a list of dicts, or `TokenizedPairs`; of pairs, or for
+            kto and apo_zero_unpaired of single responses with labels.
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; by default the one saved with the model.
         peft_config: adds a new adapter to `model` and trains only that.

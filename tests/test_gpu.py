@@ -6,8 +6,10 @@ on CPU is tested beside each module.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -256,6 +258,7 @@ def train(tmp_path, name: str, *, steps: int = 8, callbacks=(), **overrides) -> 
     }
     config = DPOConfig(output_dir=str(tmp_path / name), max_steps=steps, **options)
     pairs = tiny_pairs(32, pairs_per_prompt=2, prompt_lengths=(8, 60), response_lengths=(4, 40))
+    pairs = replace(pairs, columns={"label": np.arange(32) % 2.0})  # read by losses of examples
     trainer = DPOTrainer(
         model=wide_llama(), args=config, train_dataset=pairs, callbacks=list(callbacks)
     )
@@ -274,6 +277,19 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, checkpointing):
         torch.cuda.set_sync_debug_mode("default")
     assert watch.watched == 5
     assert trainer.args.bf16 and trainer.packed_forward.backend != "sdpa"
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "kto", "apo_zero_unpaired", "discopop", "orpo"])
+def test_no_loss_waits_for_the_device(tmp_path, loss_type):
+    """Those of the whole step in two passes over several packs."""
+    watch = RefuseSyncs(first=3)
+    try:
+        trainer = train(
+            tmp_path, "run", callbacks=[watch], loss_type=loss_type, max_tokens_per_pack=512
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.watched == 5 and trainer.pack_stats.n_packs > 8
 
 
 def test_training_on_the_gpu_lowers_the_loss(tmp_path):

@@ -147,11 +147,12 @@ def test_changed_ids_miss_and_nothing_else(tmp_path, forwards):
             assert np.array_equal(a, b), i
 
 
-def test_truncation_and_template_miss_where_they_bite(tmp_path):
+def test_truncation_and_template_miss_where_they_bite(tmp_path, forwards):
     tokenizer, rows = tiny_tokenizer(), tiny_rows(12)
     seen: set[tuple[bytes, bytes]] = set()
     for options in ({"max_length": 64}, {"max_length": 30}, {"max_length": 63}, {"text": "! "}):
         text = options.pop("text", "")
+        forwards.clear()
         made = trainer(
             tmp_path / "run",
             model=tiny_llama(vocab_size=len(tokenizer)),
@@ -168,6 +169,7 @@ def test_truncation_and_template_miss_where_they_bite(tmp_path):
         }
         done = made.precomputations["train"]
         assert (done.n_responses, done.n_found) == (len(texts), len(texts & seen)), options
+        assert len(forwards) == (done.n_found < done.n_responses), options  # one pack holds all
         assert not options or options["max_length"] != 30 or 0 < done.n_found < done.n_responses
         seen |= texts
 

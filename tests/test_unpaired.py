@@ -406,6 +406,35 @@ def test_bad_rows_can_be_dropped():
     assert examples.columns["label"].tolist() == [1, 1, 0, 1]
 
 
+USERS = """
+import torch
+from fastdpo.loss_specs import LossSpec
+from fastdpo.losses import PreferenceLoss
+
+def half(logps, *, beta, desirable_weight=1.0):
+    sign = 2 * logps.desirable - 1
+    return 0.5 * torch.sigmoid(-sign * beta * logps.chosen_logratios)
+
+single = PreferenceLoss(half, LossSpec("mine", unpaired=True, logps=False))
+"""
+
+
+def test_a_users_loss_of_single_responses(tmp_path, monkeypatch):
+    (tmp_path / "users_unpaired.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    mine = train(tmp_path / "a", loss_type="users_unpaired:single")
+    zero = train(
+        tmp_path / "b",
+        loss_type="apo_zero_unpaired",
+        desirable_weight=0.5,
+        undesirable_weight=0.5,
+    )
+    # The same terms in another order of fp64 factors.
+    assert losses(mine) == pytest.approx(losses(zero), rel=1e-6)
+    with pytest.raises(ConfigError, match="unpaired data and goes with no other"):
+        train(tmp_path / "c", loss_type="users_unpaired:single,sigmoid")
+
+
 def test_what_a_run_refuses(tmp_path):
     with pytest.raises(ConfigError, match="kto.*same step.*1 example"):
         train(tmp_path, per_device_train_batch_size=1)
