@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdpo_kernels import linear_logps
 
 MIB = 2**20
+STATISTICS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPOTrainer asks its head for
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -43,6 +44,8 @@ IMPLEMENTATIONS = (
     Implementation("fastdpo E kept", ("trained",)),
     Implementation("fastdpo 16 MiB"),
     Implementation("fastdpo torch"),
+    Implementation("fastdpo statistics"),
+    Implementation("trl statistics"),
     Implementation("quack", ("frozen", "trained"), per_token=False),
     Implementation("liger", ("frozen", "trained"), per_token=False),
     Implementation("cce"),
@@ -66,6 +69,10 @@ def find(name: str, device: torch.device, n: int, v: int) -> LogProbs:
         if device.type != "cuda":
             raise Absent("is what fastdpo runs on a CPU")
         return functools.partial(linear_logps, impl="torch")
+    if name == "fastdpo statistics":
+        return lambda h, w, y: linear_logps(h, w, y, stats=STATISTICS)[0]
+    if name == "trl statistics":
+        return _trl(STATISTICS)
     if name == "eager":
         return eager
     if name == "torch.compile":
@@ -103,13 +110,14 @@ def _torch_linear_cross_entropy() -> LogProbs:
     return lambda h, w, y: -function(h, w, y, reduction="none", options=options)
 
 
-def _trl() -> LogProbs:
+def _trl(outputs: tuple[str, ...] = ()) -> LogProbs:
+    """The function as TRL's fused head calls it, on the rows that are scored."""
     module = _import("trl.trainer.utils", "trl")
     chunked = getattr(module, "_ChunkedLogProbFunction", None)
     if chunked is None:
         raise Absent("this version of trl has no chunked head (1.16 has)")
     size = module._CHUNKED_LOGPROB_CHUNK_SIZE
-    return lambda h, w, y: chunked.apply(h, w, None, y, 1.0, size, None, 1.0, ())[0]
+    return lambda h, w, y: chunked.apply(h, w, None, y, 1.0, size, None, 1.0, outputs)[0]
 
 
 def _import(module: str, package: str):

@@ -4,7 +4,7 @@ The oracle is `fastdpo_kernels.reference` in fp64 on the very inputs the op gets
 their dtype); so a budget holds the arithmetic alone. Not here: anything about packs or models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,36 @@ def run(op, head: Head, *, stats: Sequence[str] = STATS, **options) -> Outcome:
     return Outcome(
         logps.detach(), grads[0], grads[1], grads[2] if bias is not None else None, found
     )
+
+
+def run_some(op, head: Head, wanted: Collection[str], **options) -> Outcome:
+    """As `run`, with only these of "hidden", "weight" and "bias" requiring a gradient."""
+    inputs = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(name in wanted)
+        for name, tensor in inputs.items()
+    }
+    logps, stats = op(
+        leaves["hidden"], leaves["weight"], head.targets, bias=leaves["bias"], stats=STATS,
+        **options,
+    )  # fmt: skip
+    assert logps.requires_grad == bool(wanted)
+    if wanted:
+        logps.backward(head.grad.to(logps.dtype))
+    grads = {f"d_{name}": None if leaf is None else leaf.grad for name, leaf in leaves.items()}
+    assert {name for name, grad in grads.items() if grad is not None} == {f"d_{n}" for n in wanted}
+    return Outcome(logps.detach(), **grads, stats=stats)  # pyright: ignore[reportArgumentType]
+
+
+def assert_each_gradient_alone(
+    op, head: Head, subsets: Iterable[Collection[str]], *, e_ulp: float = 0.0, **transform
+) -> None:
+    """Log-probs, statistics and the gradients asked for, for every one of these subsets."""
+    for wanted in subsets:
+        outcome = run_some(op, head, wanted, **transform)
+        assert_logps_close(head, outcome.logps, **transform)
+        assert_stats_close(head, outcome.stats, **transform)
+        assert_grads_close(head, outcome, e_ulp=e_ulp, **transform)
 
 
 def exact(head: Head, dtype: torch.dtype = torch.float64, **transform) -> Outcome:

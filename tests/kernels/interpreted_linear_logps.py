@@ -23,6 +23,7 @@ from tests.kernels.interpreter import patch_once
 from tests.numerics import (
     Head,
     assert_adapter_close,
+    assert_each_gradient_alone,
     assert_grads_close,
     assert_logps_close,
     assert_stats_close,
@@ -129,6 +130,13 @@ ALL_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 def test_gradients_and_statistics(dtype, transform):
     head = peaked_head(70, 40, 200, dtype=dtype, bias=bool(transform), ignored=0.1)
     check(head, ALL_STATS, **transform)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_subsets_of_gradients(dtype):
+    head = peaked_head(33, 16, 100, dtype=dtype, bias=True, ignored=0.1)
+    subsets = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")]
+    assert_each_gradient_alone(op, head, subsets, e_ulp=E_ULP[dtype])
 
 
 @pytest.mark.parametrize("name", VARIANTS)

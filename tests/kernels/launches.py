@@ -56,15 +56,23 @@ def stop_before_launch(context: dict) -> None:
 
 
 def forward_and_backward(
-    device: tuning.Device, dtype: torch.dtype, n: int, *, full: bool, grad: bool, kept: bool
+    device: tuning.Device,
+    dtype: torch.dtype,
+    n: int,
+    *,
+    full: bool,
+    grad: bool,
+    kept: bool,
+    r: int = 0,
 ) -> None:
+    """`r`: the rank of an adapter; 0: none."""
     d, v = 64, 1000
-    hidden, weight = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
+    hidden, weight = torch.randn(n, d + r).to(dtype), torch.randn(v, d).to(dtype)
     targets = torch.randint(0, v, (n,))
     bias = torch.randn(v).to(dtype) if full else None
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
-    matrix = driver._matrix(weight, None)
+    matrix = driver._matrix(weight, torch.randn(v, r) if r else None)
     job = driver._Job(hidden, matrix, logits, stats, grad, kept, device)
     plan = planned(job, "hidden" if grad else "sums")
     saved = driver.run_forward(job, targets, -100, plan).saved
@@ -94,6 +102,7 @@ def main() -> None:
             forward_and_backward(device, dtype, n, full=False, grad=True, kept=False)
             forward_and_backward(device, dtype, n, full=False, grad=False, kept=False)
             forward_and_backward(device, dtype, n, full=True, grad=True, kept=True)
+            forward_and_backward(device, dtype, n, full=False, grad=True, kept=False, r=16)
     for responses in (2, 16):
         context |= {"dtype": "float32", "n": responses}
         cu = torch.arange(responses + 1, dtype=torch.int32)

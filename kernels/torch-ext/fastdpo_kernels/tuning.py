@@ -2,9 +2,10 @@
 
 A `Gemm` is one row of a table; a `Variant` adds what else can be chosen; a `Plan` is a variant
 fitted to a size and a workspace. On a GPU variants are timed on the first call of a kind, for a few
-seconds at most, and the winner is kept on disk; without measurements (and under
-`torch.use_deterministic_algorithms`, where a run's bits must not hang on timings) the first row of
-the table is taken. No kernel is known here: the caller passes what is to be timed.
+seconds at most (the host waits for the device then, and at no later call), and the winner is kept
+on disk; without measurements (and under `torch.use_deterministic_algorithms`, where a run's bits
+must not hang on timings) the first row of the table is taken. No kernel is known here: the caller
+passes what is to be timed.
 """
 
 import dataclasses
@@ -474,6 +475,7 @@ def cache_dir() -> Path:
     return Path(base) / "fastdpo" / "tuning"
 
 
+@functools.lru_cache(maxsize=4096)
 def _key(problem: Problem, device: Device) -> str:
     """Everything a measured choice depends on; N by powers of two."""
     import triton
