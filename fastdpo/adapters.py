@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .errors import ConfigError, ModelError, did_you_mean
 
 REFERENCE_ADAPTER = "ref"
+ALL_LINEAR = "all-linear"
 # Initialisations that move base weights: with the adapter off, the model is no longer the policy
 # that training starts from (PEFT documents them as changing the residual weights).
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "eva")
@@ -28,11 +29,14 @@ def lora_config(config: ModelConfig) -> LoraConfig | None:
         return None
     targets = config.lora_target_modules
     if targets is None:
-        target_modules: str | list[str] = "all-linear"
+        target_modules: str | list[str] = ALL_LINEAR
     else:
         target_modules = targets[0] if len(targets) == 1 else list(targets)
-        if target_modules != "all-linear" and isinstance(target_modules, str):
+        if target_modules != ALL_LINEAR and isinstance(target_modules, str):
             target_modules = [target_modules]
+    layers = _layers(config.lora_layers_to_transform)
+    if layers is not None and target_modules == ALL_LINEAR:
+        target_modules = [ALL_LINEAR]  # PEFT chooses layers only for modules that are listed
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -40,9 +44,21 @@ def lora_config(config: ModelConfig) -> LoraConfig | None:
         lora_dropout=config.lora_dropout,
         target_modules=target_modules,
         modules_to_save=config.lora_modules_to_save,
+        layers_to_transform=layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def _layers(given: list[float] | None) -> list[int] | None:
+    if given is None:
+        return None
+    layers = [int(number) for number in given]
+    if layers != given or min(layers, default=-1) < 0:
+        raise ConfigError(
+            f"'lora_layers_to_transform' expects whole numbers from 0 on, got {given}"
+        )
+    return layers
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -63,8 +79,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         )
     if isinstance(peft_config, LoraConfig):
         _check_initialisation(peft_config)
+        name_all_linear(model, peft_config)
         _check_targets(model, "lora_target_modules", peft_config.target_modules)
         _check_targets(model, "lora_modules_to_save", peft_config.modules_to_save)
+        _check_layers(model, peft_config)
     return get_peft_model(model, peft_config)
 
 
@@ -81,7 +99,7 @@ def _check_targets(
     model: PreTrainedModel, option: str, targets: str | list[str] | set[str] | None
 ) -> None:
     """Each named target must match a module; PEFT only objects when none of them does."""
-    if targets is None or targets == "all-linear":
+    if targets is None or targets == ALL_LINEAR:
         return
     names = [name for name, _ in model.named_modules() if name]
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -100,6 +118,34 @@ def _check_targets(
             f"{did_you_mean(unmatched[0], candidates)}; its linear layers are "
             f"{', '.join(candidates)}"
         )
+
+
+def _check_layers(model: PreTrainedModel, peft_config: LoraConfig) -> None:
+    """Every chosen layer must exist: PEFT adds nothing for one that does not, and says nothing."""
+    chosen = peft_config.layers_to_transform
+    depth = model.config.get_text_config().num_hidden_layers
+    for layer in [chosen] if isinstance(chosen, int) else chosen or ():
+        if not 0 <= layer < depth:
+            raise ModelError(
+                f"lora_layers_to_transform {layer} is no layer of {type(model).__name__}, which "
+                f"has {depth}: 0 to {depth - 1}"
+            )
+
+
+def name_all_linear(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Replaces "all-linear" in a list of targets, which PEFT knows only alone, by the names of the
+    linear layers, the head's left out."""
+    targets = getattr(peft_config, "target_modules", None)
+    if not isinstance(peft_config, LoraConfig) or isinstance(targets, str | None):
+        return
+    if ALL_LINEAR in targets:
+        head = model.get_output_embeddings()
+        names = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        peft_config.target_modules = sorted(names | (set(targets) - {ALL_LINEAR}))
 
 
 def is_untouched(model: PeftModel) -> bool:

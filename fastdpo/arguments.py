@@ -19,6 +19,7 @@ from .loss_specs import (
     check_loss_options,
 )
 from .options import (
+    Auto,
     Bound,
     Count,
     Natural,
@@ -26,18 +27,30 @@ from .options import (
     Option,
     Positive,
     Share,
+    Words,
     check,
     check_fields,
     checked_init,
     describe,
     option,
+    parse_bytes,
 )
 from .unsupported import ALIASES, RENAMED, TRL_NEUTRAL, is_neutral, unsupported
 
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "sgd"),
-    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "auto"),
 )
+AUTO = "auto"
+Checkpointing = Annotated[str, Words((AUTO, "none", "selective", "full"))]
+# What a plan chooses where it is left on auto, and what auto means where no memory is given.
+PLANNED = {
+    "max_tokens_per_pack": 8192,
+    "gradient_checkpointing": True,
+    "activation_offloading": False,
+    "optim": "adamw_torch_fused",
+    "logps_workspace_bytes": 256 * 2**20,
+}
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
     *("constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr"),
@@ -163,6 +176,9 @@ class ModelConfig:
     lora_target_modules: list[str] | None = option(
         None, "Modules that get an adapter, by the end of their names; by default all-linear."
     )
+    lora_layers_to_transform: list[float] | None = option(
+        None, "Numbers of the layers that get an adapter; by default all."
+    )
     lora_modules_to_save: list[str] | None = option(
         None, "Modules trained in full beside the adapter, and saved with it."
     )
@@ -170,6 +186,12 @@ class ModelConfig:
     use_dora: bool = option(False, "Weight-decomposed LoRA.")
     load_in_8bit: bool = option(False, "Hold the frozen base in 8 bits (bitsandbytes).")
     load_in_4bit: bool = option(False, "Hold the frozen base in 4 bits (bitsandbytes): QLoRA.")
+    base_precision: str | None = option(
+        None,
+        "bf16, 8bit, 4bit: dtype or load_in_8bit/4bit in one word. auto: the first of them that "
+        "the plan finds room for. none: as those options say.",
+        ("auto", "bf16", "8bit", "4bit"),
+    )
     bnb_4bit_quant_type: str = option("nf4", "Format of the 4 bits.", ("fp4", "nf4"))
     use_bnb_nested_quant: bool = option(False, "Quantize the 4-bit constants as well.")
     ref_model_name_or_path: str | None = option(
@@ -179,6 +201,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ModelConfig)
+        self._settle_precision()
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("'load_in_8bit' and 'load_in_4bit' exclude each other; keep one")
         if self.ref_load_in_4bit and self.ref_model_name_or_path is None:
@@ -200,6 +223,29 @@ class ModelConfig:
                     f"{name!r} holds frozen weights, which only an adapter can train; "
                     "add use_peft: true (--use_peft)"
                 )
+
+    def _settle_precision(self) -> None:
+        """`base_precision` in terms of `dtype`, `load_in_8bit` and `load_in_4bit`."""
+        if self.base_precision is None:
+            return
+        if not self.use_peft:
+            raise ConfigError(
+                "'base_precision' is that of frozen weights, which only an adapter can train; add "
+                "use_peft: true (--use_peft), or set dtype"
+            )
+        bits = {"8bit": self.load_in_8bit, "4bit": self.load_in_4bit}
+        if other := [f"load_in_{b}" for b, on in bits.items() if on and b != self.base_precision]:
+            raise ConfigError(
+                f"'base_precision' {self.base_precision!r} and {other[0]!r} contradict each other; "
+                "keep one"
+            )
+        if self.base_precision != AUTO:
+            self.take_precision(self.base_precision)
+
+    def take_precision(self, precision: str) -> None:
+        """Sets the options that `precision`, "bf16", "8bit" or "4bit", stands for."""
+        self.base_precision, self.dtype = precision, "bfloat16"
+        self.load_in_8bit, self.load_in_4bit = precision == "8bit", precision == "4bit"
 
 
 @checked_init(settle)
@@ -307,7 +353,11 @@ class TrainingOptions:
     dataset_num_proc: Count | None = option(None, "Processes that tokenize.")
 
     # Packs
-    max_tokens_per_pack: Count = option(8192, "Most tokens in one forward pass: the memory dial.")
+    max_tokens_per_pack: Count | Auto | None = option(
+        AUTO,
+        "Most tokens in one forward pass: the memory dial. auto: as many as the plan finds room "
+        "for; 8192 where no memory is known.",
+    )
     packing_mode: str = option(
         "auto",
         "shared: a prompt is computed once for its responses. auto takes the first that is exact "
@@ -343,6 +393,11 @@ class TrainingOptions:
     lr_scheduler_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the schedule.")
     warmup_steps: NonNegative = option(0, "Warm-up in steps, or below 1 as a share of all steps.")
     optim: str = option("adamw_torch_fused", "Optimizer; 8-bit ones need [qlora].", OPTIMIZERS)
+    optimizer_in_backward: bool = option(
+        False,
+        "Update each weight as soon as its gradient is whole, so that gradients take no memory. "
+        "Needs one pack a step and max_grad_norm: 0; a step that is not finite is found too late.",
+    )
     weight_decay: NonNegative = option(0.0, "Decay of all weights but biases and norms.")
     adam_beta1: Share = option(0.9, "Adam's first moment.")
     adam_beta2: Share = option(0.999, "Adam's second moment.")
@@ -360,7 +415,14 @@ class TrainingOptions:
     bf16: bool | None = option(None, "Compute in bfloat16; by default where the GPU has it.")
     tf32: bool | None = option(None, "Multiply fp32 matrices in TF32.")
     disable_dropout: bool = option(True, "Train without dropout, as the reference is computed.")
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
+    gpu_memory: str | None = option(
+        None, "Memory that the run may take, such as 24GiB; by default all that the GPU has."
+    )
+    gradient_checkpointing: bool | Checkpointing = option(
+        True,
+        "Recompute activations in the backward pass. full: all of a layer. selective: all but "
+        "attention's output. none: nothing.",
+    )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
     compile: str = option(
         "off",
@@ -374,8 +436,15 @@ class TrainingOptions:
     logps_impl: str = option(
         "auto", "Implementation of the log-prob kernel.", ("auto", "triton", "torch")
     )
-    logps_workspace_bytes: Annotated[int, Bound(at_least=2**20)] = option(
+    activation_offloading: bool | Auto = option(
+        False,
+        "Hold activations in the host's memory between the forward and the backward pass.",
+    )
+    logps_workspace_bytes: Annotated[int, Bound(at_least=2**20)] | Auto = option(
         256 * 2**20, "Most bytes the log-probs may borrow."
+    )
+    measure_memory: bool = option(
+        False, "Compare the plan with the measured peak on a CPU too, which slows the first steps."
     )
     model_init_kwargs: dict[str, Any] | str | None = option(None, "Arguments of from_pretrained.")
     trust_remote_code: bool = option(False, "Run the Python code that the model ships with.")
@@ -439,6 +508,7 @@ class TrainingOptions:
         self._check_loss()
         self._check_reference()
         self._check_optimizer()
+        self._check_memory()
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(
                 f"'max_steps' expects a whole number >= 1, or -1 to go by epochs; "
@@ -464,6 +534,21 @@ class TrainingOptions:
             raise ConfigError(
                 f"'group_by_prompt' shares prompts, which packing_mode={self.packing_mode!r} does "
                 "not; leave one of the two out"
+            )
+
+    def _check_memory(self) -> None:
+        how = {"full": True, "none": False}
+        self.gradient_checkpointing = how.get(
+            str(self.gradient_checkpointing), self.gradient_checkpointing
+        )
+        if self.max_tokens_per_pack is None:
+            self.max_tokens_per_pack = AUTO
+        if self.gpu_memory is not None:
+            parse_bytes(self.gpu_memory)
+        if self.optimizer_in_backward and self.max_grad_norm:
+            raise ConfigError(
+                f"'optimizer_in_backward' uses gradients one by one, and max_grad_norm "
+                f"{self.max_grad_norm:g} needs the norm of all of them; set max_grad_norm: 0"
             )
 
     def _check_optimizer(self) -> None:

@@ -256,8 +256,18 @@ def registered_name(backend: str, *, plain: str) -> str:
     return _REGISTERED[backend] + ("" if plain == "sdpa" else "_eager")
 
 
+def register_backend(backend: str, run: Callable[..., Tensor] | None = None) -> str:
+    """Makes `backend` known to transformers; `run`, if given, is what computes it. Returns the
+    name under which models take it."""
+    if run is not None:
+        RUN[backend] = run
+        _REGISTERED[backend] = f"fastdpo_{backend}"
+    for plain, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        name = registered_name(backend, plain=plain)
+        AttentionInterface.register(name, _attention_function(backend, plain))
+        AttentionMaskInterface.register(name, mask)
+    return registered_name(backend, plain="sdpa")
+
+
 for _backend in BACKENDS:
-    for _plain, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-        _name = registered_name(_backend, plain=_plain)
-        AttentionInterface.register(_name, _attention_function(_backend, _plain))
-        AttentionMaskInterface.register(_name, _mask)
+    register_backend(_backend)

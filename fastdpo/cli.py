@@ -19,6 +19,7 @@ import yaml
 
 from . import __version__
 from .arguments import (
+    AUTO,
     HELP_PARTS,
     ModelConfig,
     ScriptArguments,
@@ -40,12 +41,13 @@ fastdpo {__version__}: preference training (DPO) on one GPU
 
   fastdpo train [CONFIG.yaml | {RECIPE}NAME] [--option value …]   train; flags win over the file
   fastdpo train --help                                          every option, with its default
+  fastdpo plan CONFIG.yaml [--gpu_memory 24GiB]                 memory and time, before anything
   fastdpo precompute CONFIG.yaml --ref_cache_dir DIR            the reference of `train`, once
   fastdpo cache info|verify|prune DIR                           what such a folder holds
   fastdpo demo [--output_dir DIR]                               a run of a few minutes on a CPU
   fastdpo --version
 """
-COMMANDS = ("train", "precompute", "cache", "demo")
+COMMANDS = ("train", "plan", "precompute", "cache", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +89,10 @@ def _run(argv: list[str]) -> int:
         from .cache_cli import main as cache
 
         return cache(rest)
+    if command == "plan":
+        from .plan_cli import main as plan
+
+        return plan(rest)
     if {"-h", "--help"} & set(rest):
         print("\n".join(help_lines()))
         return 0
@@ -175,7 +181,9 @@ def training_argument_names() -> frozenset[str]:
     return frozenset()
 
 
-def build_configs(values: dict[str, Any]) -> tuple[ScriptArguments, ModelConfig, "DPOConfig"]:
+def build_configs(
+    values: dict[str, Any], needs_dataset: bool = True
+) -> tuple[ScriptArguments, ModelConfig, "DPOConfig"]:
     """The three configs that the flat `values` describe. Raises `ConfigError`."""
     for name in values:
         _known_option(name)
@@ -190,7 +198,7 @@ def build_configs(values: dict[str, Any]) -> tuple[ScriptArguments, ModelConfig,
         ("model_name_or_path", model.model_name_or_path, "a folder or a hub name"),
         ("dataset_name", script.dataset_name, "a file, a folder or a hub name"),
     ):
-        if value is None:
+        if value is None and (needs_dataset or name != "dataset_name"):
             raise ConfigError(f"option {name!r} is required: {example}; see `fastdpo train --help`")
     from .config import DPOConfig
 
@@ -297,6 +305,7 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
     from .adapters import lora_config
     from .data import load_dataset_split
     from .model import load_model, load_ref_model, load_tokenizer
+    from .plan_cli import settle_precision
     from .trainer import DPOTrainer
 
     _show_progress(logging.INFO if config.process_index == 0 else logging.WARNING)
@@ -308,6 +317,9 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
         load_dataset_split(script.dataset_name, split, config=script.dataset_config)
         for split in splits
     )
+    if model.base_precision == AUTO:
+        pairs = settle_precision(script, model, config)
+        train_dataset = train_dataset if pairs is None else pairs
     policy = load_model(model, config)
     tokenizer = load_tokenizer(model)
     return DPOTrainer(

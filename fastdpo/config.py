@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from .arguments import ModelConfig, ScriptArguments, TrainingOptions, settle
+from .arguments import AUTO, PLANNED, ModelConfig, ScriptArguments, TrainingOptions, settle
 from .config_files import read_yaml, write_yaml
 from .errors import ConfigError, did_you_mean
 from .options import checked_init, default_of, describe
@@ -70,10 +70,14 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         for alias, name in ALIASES.items():
             if hasattr(self, alias):  # from transformers 5.20 or so, which then reads only these
                 setattr(self, alias, getattr(self, name))
+        optim = self.optim
+        if optim == AUTO:  # which transformers does not know
+            self.optim = PLANNED["optim"]
         try:
             TrainingArguments.__post_init__(self)
         except (ValueError, ImportError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+        self.optim = AUTO if optim == AUTO else self.optim
         self._try_schedule()
 
     def _refuse_unsupported(self) -> None:

@@ -96,7 +96,7 @@ def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTraine
 
     Raises `ModelError` naming what is missing, `MissingPackageError` for quantization packages.
     """
-    _check_exists(name)
+    check_exists(name)
     if kwargs.get("quantization_config") is not None:
         kwargs.setdefault("device_map", {"": device})
     if (Path(name) / ADAPTER_CONFIG).is_file():
@@ -136,7 +136,7 @@ def load_pretrained_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBa
     """The tokenizer saved with the model `name`; `ModelError` where there is none."""
     if not name:
         raise ModelError("the model has no name to load a tokenizer by; pass processing_class=")
-    _check_exists(name)
+    check_exists(name)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
@@ -254,7 +254,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         )
 
 
-def _check_exists(name: str) -> None:
+def check_exists(name: str) -> None:
     """A name that can only be a path gets a plain answer where transformers asks the hub."""
     path = Path(name)
     looks_like_path = (

@@ -61,6 +61,10 @@ class FiniteGuard:
         """A pack of the step in hand: its pairs and their losses [P]."""
         self._open.packs.append((pair_ids, losses))
 
+    def forget(self) -> None:
+        """Drops the step in hand: it starts again."""
+        self._open = _Step(0)
+
     def judge(self, number: int, grad_norm: torch.Tensor | None) -> torch.Tensor:
         """Ends the step in hand; [] 1 where it is not to be applied, else 0."""
         step, self._open = self._open, _Step(0)

@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ from .errors import ConfigError, did_you_mean
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 NONE = ("none", "null", "")
+UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class Bound:
         return " and ".join(f"{sign} {limit:g}" for sign, limit in signs if limit is not None)
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a number or a switch takes beside that: `Count | Annotated[str, Words(("auto",))]`."""
+
+    words: tuple[str, ...]
+
+
+Auto = Annotated[str, Words(("auto",))]
 Positive = Annotated[float, Bound(above=0)]
 NonNegative = Annotated[float, Bound(at_least=0)]
 Share = Annotated[float, Bound(at_least=0, below=1)]
@@ -75,6 +86,7 @@ class Option:
     default: Any = None
     help: str = ""
     item: type = str  # of a list
+    words: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -83,8 +95,10 @@ class Option:
             text = f"one of {', '.join(self.choices)}"
         else:
             words = {**_WORDS, list: "a list of numbers" if self.item is float else _WORDS[list]}
-            text = " or ".join(words[kind] for kind in self.kinds)
+            kinds = [kind for kind in self.kinds if kind is not str or not self.words]
+            text = " or ".join(words[kind] for kind in kinds)
             text += f" {self.bound}" if self.bound else ""
+            text = " or ".join([text, *self.words])
         return f"{text} or none" if self.nullable else text
 
 
@@ -108,10 +122,12 @@ def describe(cls: type) -> Mapping[str, Option]:
 
 def _describe(f: Field, hint: Any) -> Option:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    bound, kinds, item = None, [], str
+    bound, words, kinds, item = None, (), [], str
     for part in typing.get_args(hint) if is_union else (hint,):
         if typing.get_origin(part) is Annotated:
-            part, bound = typing.get_args(part)
+            part, domain = typing.get_args(part)
+            bound = domain if isinstance(domain, Bound) else bound
+            words = domain.words if isinstance(domain, Words) else words
         if typing.get_origin(part) is list:
             (item,) = typing.get_args(part)
         kinds.append(typing.get_origin(part) or part)
@@ -126,6 +142,7 @@ def _describe(f: Field, hint: Any) -> Option:
         default=default_of(f),
         help=f.metadata["help"],
         item=item,
+        words=words,
     )
 
 
@@ -154,6 +171,10 @@ def check(opt: Option, value: Any) -> Any:
             break
     else:
         raise _refusal(opt, value)
+    if opt.words and isinstance(converted, str):
+        if converted not in opt.words:
+            raise ConfigError(f"{_refusal(opt, value)}{did_you_mean(converted, opt.words)}")
+        return converted
     if opt.choices is not None:
         for item in converted if isinstance(converted, list) else [converted]:
             if item not in opt.choices:
@@ -164,6 +185,16 @@ def check(opt: Option, value: Any) -> Any:
     if opt.bound is not None and not opt.bound.holds(converted):
         raise _refusal(opt, value)
     return converted
+
+
+def parse_bytes(text: str, option: str = "gpu_memory") -> int:
+    """`24GiB`, `24 GB`, `512MiB` as bytes. Raises `ConfigError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = UNITS.get(match[2].lower()) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size <= 0:
+        raise ConfigError(f"{option!r} expects a size such as 24GiB, 24GB or 512MiB, got {text!r}")
+    return size
 
 
 def _refusal(opt: Option, value: Any) -> ConfigError:

@@ -189,6 +189,26 @@ def _plan_padded(
     return [[pair_ids[order] for order in sorted(orders)] for orders in packs]
 
 
+def pair_costs(pairs: TokenizedPairs, mode: str, with_last: bool = False) -> np.ndarray:
+    """[n] tokens that each pair alone takes of a pack: what `plan_packs` counts where a pair's
+    responses differ."""
+    lengths = pairs.lengths
+    prompt = lengths[:, 0]
+    inputs = lengths[:, 1:] if with_last else np.maximum(lengths[:, 1:] - 1, 0)
+    if mode == "shared":
+        return prompt + inputs.sum(axis=1)
+    if mode == "padded":
+        return 2 * (prompt + inputs.max(axis=1))
+    return 2 * prompt + inputs.sum(axis=1)
+
+
+def longest_pair(pairs: TokenizedPairs, mode: str, with_last: bool = False) -> tuple[int, int]:
+    """(row, tokens) of the pair that takes most tokens of a pack."""
+    costs = pair_costs(pairs, mode, with_last)
+    worst = int(costs.argmax())
+    return int(pairs.rows[worst]), int(costs[worst])
+
+
 # ---- how a pack is laid out ------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
 """The models of a run, made ready: the policy with its adapter, and the reference beside it.
 
 `prepare_models` adds the adapter, places the weights, switches dropout off, takes the reference's
-copy, binds the packed forward (logps.py) and switches gradient checkpointing on, in that order.
+copy and binds the packed forward (logps.py), in that order. `save_memory` then switches gradient
+checkpointing and offloading on, as options or plan say.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -16,12 +18,15 @@ from transformers import PreTrainedModel
 from fastdpo_kernels.impls import why_not_triton
 
 from .adapters import add_adapter
+from .arguments import PLANNED
 from .batch import Pack
 from .body import apply_liger, compile_layers, wants_compile
+from .checkpointing import checkpoint_activations, checkpoint_kwargs
 from .config import DPOConfig
-from .errors import ConfigError, ModelError, did_you_mean
+from .errors import ConfigError, ModelError
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
 from .model import base_model, disable_dropout, is_quantized, keep_unpacked
+from .offload import OffloadActivations
 from .reference_cache import ReferenceCache
 from .reference_key import about_reference, describe_reference
 from .reference_logps import (
@@ -37,9 +42,6 @@ from .runtime import broadcast_from_rank_0
 
 logger = logging.getLogger(__name__)
 
-# What torch.utils.checkpoint takes that a config file can say.
-CHECKPOINT_KWARGS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
-
 
 @dataclass(frozen=True)
 class PackForward:
@@ -47,6 +49,7 @@ class PackForward:
 
     device_type: str
     bf16: bool
+    saving: Callable[[], AbstractContextManager] = nullcontext  # where autograd saves what it needs
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
@@ -58,7 +61,7 @@ class PackForward:
         self, model: nn.Module, pack: Pack, stats: Sequence[str], router: bool = False
     ) -> PackedOutput:
         """token_logps [N], those `stats` of `linear_logps`, and the router's sums if asked for."""
-        with self.autocast():
+        with self.autocast(), self.saving():
             return model(pack=pack, token_stats=stats, router_sums=router)
 
 
@@ -124,13 +127,6 @@ def prepare_models(
         router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
     if router is not None:
         logger.info("router loss: %g times load balancing", router.coefficient)
-    if args.gradient_checkpointing:
-        if router is not None and _kwargs_of(args).get("use_reentrant"):
-            raise ConfigError(
-                "gradient_checkpointing_kwargs use_reentrant: true loses the gradient of the "
-                "router's loss; leave it out, or set router_aux_loss_coef: 0"
-            )
-        _checkpoint_activations(policy, {"use_reentrant": False, **_kwargs_of(args)})
     compiled = wants_compile(base_model(policy), packed, args)
     for model in {id(m): m for m in (policy, reference.model)}.values() if compiled else ():
         compile_layers(base_model(model))
@@ -138,6 +134,33 @@ def prepare_models(
         "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
     )
     return Models(policy, reference, forward, packed, packed_reference, router, compiled)
+
+
+def save_memory(models: Models, args: DPOConfig, rebind: bool = False) -> PackForward:
+    """Switches gradient checkpointing on, and returns the policy's forward with offloading, both
+    as `args` say. Raises `ConfigError`.
+
+    rebind: logps_workspace_bytes is not what the models were prepared with.
+    """
+    if rebind:
+        _bind(models.policy, args, models.forward, models.packed.mode)
+    if args.gradient_checkpointing:
+        kwargs = args.gradient_checkpointing_kwargs
+        if models.router is not None and checkpoint_kwargs(kwargs).get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs use_reentrant: true loses the gradient of the "
+                "router's loss; leave it out, or set router_aux_loss_coef: 0"
+            )
+        if models.compiled and args.gradient_checkpointing == "selective":
+            raise ConfigError(
+                "gradient_checkpointing 'selective' keeps attention's output, which compiled "
+                "layers hide; use 'full', or compile: off"
+            )
+        checkpoint_activations(models.policy, args.gradient_checkpointing, kwargs)
+    if not args.activation_offloading:
+        return models.forward
+    offload = OffloadActivations(models.policy)
+    return replace(models.forward, saving=lambda: offload)
 
 
 def open_reference_cache(
@@ -167,6 +190,9 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 
 def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:
+    workspace = args.logps_workspace_bytes
+    if isinstance(workspace, str):  # auto: until there is a plan
+        workspace = PLANNED["logps_workspace_bytes"]
     if args.logps_impl == "triton":
         reason = why_not_triton(args.device)
         if reason is not None:
@@ -176,28 +202,6 @@ def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) ->
             base_model(model),
             attn_implementation=args.attn_implementation,
             logps_impl=args.logps_impl,
-            workspace_bytes=args.logps_workspace_bytes,
+            workspace_bytes=workspace,
             mode=mode,
         )
-
-
-def _kwargs_of(args: DPOConfig) -> dict:
-    kwargs = args.gradient_checkpointing_kwargs or {}
-    assert isinstance(kwargs, dict)
-    for name in kwargs:
-        if name not in CHECKPOINT_KWARGS:
-            raise ConfigError(
-                f"gradient_checkpointing_kwargs has no {name!r}"
-                f"{did_you_mean(name, CHECKPOINT_KWARGS)}; it takes {', '.join(CHECKPOINT_KWARGS)}"
-            )
-    return kwargs
-
-
-def _checkpoint_activations(model: PreTrainedModel | PeftModel, kwargs: dict) -> None:
-    base = base_model(model)
-    if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20
-        base.activation_checkpointing_enable(kwargs)
-    else:
-        base.gradient_checkpointing_enable(kwargs)
-    if kwargs["use_reentrant"]:  # which needs inputs that require grad
-        base.enable_input_require_grads()

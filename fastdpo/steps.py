@@ -6,12 +6,13 @@ the copy to the device ahead of time.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from .batch import Pack
+from .body import pack_lengths
 from .config import DPOConfig
 from .data import TokenizedPairs
 from .errors import DataError
@@ -37,6 +38,13 @@ class Packer:
     with_last: bool = False
     rope_threshold: int | None = None
     lengths: tuple[int, ...] = ()
+
+    def of_tokens(self, max_tokens: int, padded: bool | None = None) -> "Packer":
+        """The same with packs of at most `max_tokens`; padded: whether to the few lengths that
+        compiled layers take, by default as it is."""
+        padded = bool(self.lengths) if padded is None else padded
+        lengths = pack_lengths(max_tokens) if padded else ()
+        return replace(self, max_tokens=max_tokens, lengths=lengths)
 
     def plan(self, pairs: TokenizedPairs, pair_ids: np.ndarray) -> list[list[int]]:
         """The pair ids of each pack; `DataError` names the row of a pair that can't fit."""
@@ -112,17 +120,26 @@ class StepPlan:
         self.n_epochs = math.ceil(self.max_steps / self.steps_per_epoch)
         packer.plan(pairs, np.arange(len(pairs)))  # names a pair that can't fit before step 1
 
-    def steps(self, epoch: int, skip: int) -> Iterator[StepPacks]:
-        """The steps of `epoch` from the `skip`-th on; made ahead of time on a GPU."""
+    def packs_of_steps(self, epoch: int) -> list[int]:
+        """How many packs each step of `epoch` has, all ranks' pairs taken together."""
+        return [len(self.packer.plan(self.pairs, ids)) for ids in self._order(epoch)]
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        """The pair ids of each step of `epoch`."""
         args = self.args
-        order = step_pair_ids(
+        return step_pair_ids(
             self.pairs,
             pairs_per_step=args.pairs_per_step,
             epoch=epoch,
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=args.train_sampling_strategy,
             group_by_prompt=args.group_by_prompt,
-        )[skip : self.steps_per_epoch]
+        )[: self.steps_per_epoch]
+
+    def steps(self, epoch: int, skip: int) -> Iterator[StepPacks]:
+        """The steps of `epoch` from the `skip`-th on; made ahead of time on a GPU."""
+        args = self.args
+        order = self._order(epoch)[skip:]
 
         def make() -> Iterator[StepPacks]:
             for pair_ids in order:

@@ -29,8 +29,9 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from . import checkpoint as ckpt
 from . import resume, saving
+from .accumulate import make_gradients
 from .batch import Pack
-from .body import compiled_graphs, pack_lengths
+from .body import compiled_graphs
 from .config import DPOConfig
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
@@ -48,7 +49,8 @@ from .model import (
 from .nonfinite import FiniteGuard, describe, finite_or_none, grad_norm
 from .objective import Objective, PackLoss, ScoredPack
 from .optim import make_optimizer, make_scheduler
-from .policy import prepare_models
+from .plan_run import settle, start_over
+from .policy import prepare_models, save_memory
 from .precompute import Precomputation
 from .reference_cache import ReferenceCache
 from .reference_logps import LiveReference, evaluating
@@ -128,22 +130,26 @@ class DPOTrainer:
             needs_reference=self.objective.needs_reference,
         )
         self.model, self.packed_forward = models.policy, models.packed
-        self._forward, self._reference_name = models.forward, models.reference.name
-        self.router, self.compiled = models.router, models.compiled
-        self.packer = Packer(
-            models.packed.mode,
-            self.args.max_tokens_per_pack,
-            self.device,
-            models.packed.max_seqlen,
-            with_last=self.router is not None,  # its loss is one of all tokens
-            rope_threshold=models.packed.rope_threshold,
-            lengths=pack_lengths(self.args.max_tokens_per_pack) if models.compiled else (),
-        )
+        self._reference_name, self.router = models.reference.name, models.router
+        self.compiled = models.compiled
         read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
         self.eval_pairs = {
             key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
         }
+        packer = Packer(
+            models.packed.mode,
+            0,
+            self.device,
+            models.packed.max_seqlen,
+            with_last=self.router is not None,  # its loss is one of all tokens
+            rope_threshold=models.packed.rope_threshold,
+        )
+        self.args, self.run_plan = settle(models, self.train_pairs, packer, self.args)
+        plans_workspace = self.run_plan is not None and self.run_plan.chose("logps_workspace_bytes")
+        self._forward = save_memory(models, self.args, rebind=plans_workspace)
+        assert isinstance(self.args.max_tokens_per_pack, int)
+        self.packer = packer.of_tokens(self.args.max_tokens_per_pack, padded=models.compiled)
         self.references = References(
             models.reference, models.packed_reference, self.packer, self.args
         )
@@ -193,6 +199,7 @@ class DPOTrainer:
         assert self.optimizer is not None and self.lr_scheduler is not None
         sums = self.metrics.sums.clone()
         references = self.train_reference.token_logps(step.packs)  # no graph
+        self.gradients.begin(len(step.packs))
         needs_whole_step = self.objective.needs_whole_step or self.router is not None
         if needs_whole_step and len(step.packs) != 1:
             self._backward_in_two_passes(step, references)
@@ -203,6 +210,7 @@ class DPOTrainer:
                 self._backward(output, loss, step, self._router_grad([output], step))
                 self._count(scored, loss)
         self._check_first_step = False
+        self.gradients.finish()
         sum_gradients_over_ranks(self.trainable)
         if self.args.max_grad_norm:
             self._grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.args.max_grad_norm)
@@ -212,6 +220,7 @@ class DPOTrainer:
         if self.guard.mode == "skip":  # else its numbers are never read
             self.metrics.sums = torch.where(held > 0, sums, self.metrics.sums)
         self.control = self._event("on_pre_optimizer_step")
+        self.before_first_step = None  # from here on no step can be taken back
         self.guard.apply(self.optimizer)
         self.control = self._event("on_optimizer_step")
         self.learning_rate = self.lr_scheduler.get_last_lr()[0]  # the one this step used
@@ -334,13 +343,18 @@ class DPOTrainer:
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
         # Whatever could be refused has been by now: only then may an earlier run be cleared away.
+        self.gradients = make_gradients(self.optimizer, args, self.plan)
         found = self._open_output_dir(resume_from_checkpoint or args.resume_from_checkpoint)
         self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
+        if found and self.run_plan is not None:
+            self.packer = self.plan.packer = self.run_plan.packer_of(self.output_dir, self.packer)
         self.place = (0, 0)
         if found:
             resume.put_back(self, found)
         if args.process_index == 0:
             args.save_yaml(self.output_dir / CONFIG_FILE)
+            if self.run_plan is not None:
+                self.run_plan.write(self.output_dir)
         self._check_first_step = (
             args.first_step_check
             and self.state.global_step == 0
@@ -354,6 +368,10 @@ class DPOTrainer:
             self._evaluate_and_track()
         started, self._first_step = time.perf_counter(), self.state.global_step
         self.run_log.throughput.reset()
+        # What a first step that runs out of memory takes back: see start_over.
+        self.before_first_step = self.metrics.sums.clone(), ckpt.rng_state()
+        if self.run_plan is not None:
+            self.run_plan.begin(self.model, args)
         progress = tqdm(
             total=self.state.max_steps,
             initial=self.state.global_step,
@@ -365,23 +383,35 @@ class DPOTrainer:
                 self._train_epoch()
                 if self.control.should_training_stop or self.place[0] == self.plan.n_epochs:
                     break
+        self.gradients.remove()
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
             load_weights(self.model, Path(self.state.best_model_checkpoint))
         return self._finish(time.perf_counter() - started)
 
     def _train_epoch(self) -> None:
         self.control = self._event("on_epoch_begin")
-        epoch, done = self.place
-        steps = self.plan.steps(epoch, skip=done)
-        for index, step in enumerate(steps, start=done + 1):
+        epoch, index = self.place
+        steps = self.plan.steps(epoch, skip=index)
+        while (step := next(steps, None)) is not None:
             self.control = self._event("on_step_begin")
-            self._train_step(step)
+            short = None
+            try:
+                self._train_step(step)
+            except torch.OutOfMemoryError as error:
+                short = error.with_traceback(None)  # whose frames hold the activations
+            if short is not None:
+                start_over(self, step, short)
+                steps = self.plan.steps(epoch, skip=index)
+                continue
+            index += 1
             self.state.global_step += 1
             self.place = (epoch, index)
             self._move_reference()
             self.state.epoch = epoch + index / self.plan.steps_per_epoch
             self.state.num_input_tokens_seen += step.stats.n_tokens
             self.run_log.add(step.stats)
+            if self.run_plan is not None:
+                self.run_plan.after_step(self)
             self.control = self._event("on_step_end")
             # What an epoch's end asks for belongs to its last step: one checkpoint holds both.
             is_last = index == self.plan.steps_per_epoch or self._stops

@@ -14,7 +14,6 @@ TRL_NEUTRAL: dict[str, Any] = {
     "padding_free": False,
     "pad_to_multiple_of": "auto",
     "precompute_ref_batch_size": None,
-    "activation_offloading": False,
     "pad_token": None,
     # ScriptArguments and its mixtures of datasets
     "dataset_streaming": False,
@@ -31,7 +30,6 @@ TRL_NEUTRAL: dict[str, Any] = {
 # The way out, where it is more than leaving the option out.
 WAY_OUT = {
     "accelerator_config": "fastdpo prepares its own batches",
-    "activation_offloading": "use gradient_checkpointing and a smaller max_tokens_per_pack",
     "auto_find_batch_size": "set max_tokens_per_pack, which bounds the memory of a forward pass",
     "bf16_full_eval": "evaluation computes as training does: see bf16",
     "deepspeed": "it trains on one GPU, or on several with torchrun",

@@ -1,0 +1,139 @@
+"""Gradients between a backward pass and the optimizer: summed in fp32, or used up at once.
+
+`Fp32Accumulation`: the gradient of a 16-bit parameter is 16-bit; where several packs make a step
+their sum is kept in fp32 and rounded once. `StepInBackward`: where one pack makes a step, every
+parameter is updated as soon as its gradient is whole, so gradients take no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DPOConfig
+from .errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from .steps import StepPlan
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Fp32Accumulation:
+    """Sums gradients of the 16-bit ones among `parameters` in fp32, over the packs of a step.
+
+    Between `begin` with more than one pack and `finish`, such a parameter's `grad` is taken away
+    after every backward pass; `finish` puts the sum there, rounded once to the parameter's dtype.
+    A step of one pack, and every other parameter, is left as it is.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.sums: dict[Tensor, Tensor | None] = {
+            p: None for p in parameters if p.dtype in HALF_DTYPES
+        }
+        self.is_on = False
+        self._hooks = [p.register_post_accumulate_grad_hook(self._add) for p in self.sums]
+
+    def begin(self, n_packs: int) -> None:
+        self.is_on = n_packs > 1
+
+    def _add(self, parameter: Tensor) -> None:
+        if not self.is_on or parameter.grad is None:
+            return
+        total = self.sums[parameter]
+        if total is None:
+            self.sums[parameter] = parameter.grad.float()
+        else:
+            total.add_(parameter.grad)
+        parameter.grad = None
+
+    def finish(self) -> None:
+        for parameter, total in self.sums.items():
+            if total is not None:
+                parameter.grad = total.to(parameter.dtype)
+                self.sums[parameter] = None
+        self.is_on = False
+
+    def discard(self) -> None:
+        """Forgets what was summed: the step starts again."""
+        for parameter in self.sums:
+            self.sums[parameter] = None
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class StepInBackward:
+    """Steps `optimizer` for one parameter at a time, inside the backward pass.
+
+    The optimizer and its groups stay what they are: learning rates, states and checkpoints are
+    those of an ordinary step, which afterwards finds no gradient left.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        self._group = dict(groups)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p, _ in groups]
+
+    def begin(self, n_packs: int) -> None:
+        assert n_packs <= 1, n_packs  # make_gradients has looked
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def discard(self) -> None:
+        raise ModelError(
+            "memory ran out inside a backward pass whose first weights are updated already "
+            "(optimizer_in_backward): start again with a smaller max_tokens_per_pack"
+        )
+
+    def _step(self, parameter: Tensor) -> None:
+        groups = self.optimizer.param_groups
+        step: Any = type(self.optimizer).step  # the scheduler counts calls of the instance's own
+        self.optimizer.param_groups = [{**self._group[parameter], "params": [parameter]}]
+        try:
+            step(self.optimizer)
+        finally:
+            self.optimizer.param_groups = groups
+        parameter.grad = None
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def make_gradients(
+    optimizer: torch.optim.Optimizer, args: DPOConfig, plan: StepPlan
+) -> Fp32Accumulation | StepInBackward:
+    """What handles the gradients of `optimizer`'s parameters; call `remove` when done.
+
+    Raises `ConfigError` where `optimizer_in_backward` meets what needs all gradients at once:
+    clipping, skipping non-finite steps, several ranks, or a step of several packs in any epoch.
+    """
+    if not args.optimizer_in_backward:
+        return Fp32Accumulation(p for group in optimizer.param_groups for p in group["params"])
+    option = "'optimizer_in_backward'"
+    if getattr(args, "on_nonfinite", None) == "skip":
+        raise ConfigError(
+            f"{option} uses each gradient at once, and on_nonfinite 'skip' looks at all of them "
+            "first; set on_nonfinite: stop, or leave it out"
+        )
+    if args.world_size > 1:
+        raise ConfigError(
+            f"{option} uses each gradient at once, and {args.world_size} ranks sum theirs first; "
+            "train on one, or leave it out"
+        )
+    for epoch in range(plan.n_epochs):
+        for step, n_packs in enumerate(plan.packs_of_steps(epoch), start=1):
+            if n_packs > 1:
+                raise ConfigError(
+                    f"{option} needs one pack a step, and step {step} of epoch {epoch + 1} has "
+                    f"{n_packs}; raise max_tokens_per_pack ({plan.packer.max_tokens}), lower "
+                    "per_device_train_batch_size, or leave it out"
+                )
+    return StepInBackward(optimizer)

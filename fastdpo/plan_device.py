@@ -1,0 +1,99 @@
+"""What a plan knows of a device: its memory, its rates, and how long a step takes at least.
+
+Rates are the makers' figures for dense bf16 matrix products and for memory; a roofline over them
+is a lower bound on time, not a promise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError, did_you_mean
+
+GIB = 2**30
+HOST_BYTES_PER_SECOND = 25e9  # PCIe 4.0 x16, as it is reached
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory: bytes, None if unknown. flops: bf16 products, per second; bandwidth: bytes per
+    second; None if unknown."""
+
+    name: str
+    cuda: bool
+    memory: int | None = None
+    flops: float | None = None
+    bandwidth: float | None = None
+
+
+# name: memory in GiB as drivers report it, bf16 TFLOP/s without sparsity, memory in GB/s.
+DEVICES = {
+    "B200": (178.0, 2250, 8000),
+    "H200": (139.8, 989, 4800),
+    "H100 PCIe": (79.1, 756, 2000),
+    "H100": (79.1, 989, 3350),
+    "A100-40GB": (39.4, 312, 1555),
+    "A100": (79.1, 312, 2039),
+    "L40S": (44.4, 362, 864),
+    "L4": (22.0, 121, 300),
+    "A10G": (22.0, 70, 600),
+    "A10": (22.0, 125, 600),
+    "RTX 6000 Ada": (47.4, 364, 960),
+    "RTX A6000": (47.4, 155, 768),
+    "RTX 5090": (31.4, 209, 1792),
+    "RTX 4090": (23.5, 165, 1008),
+    "RTX 3090": (23.6, 71, 936),
+}
+
+
+def known_device(name: str) -> Device:
+    """The device of the table called `name`. Raises `ConfigError` with the nearest name."""
+    for known, (memory, teraflops, bandwidth) in DEVICES.items():
+        if _plain(known) == _plain(name):
+            return Device(known, True, int(memory * GIB), teraflops * 1e12, bandwidth * 1e9)
+    raise ConfigError(
+        f"'--gpu' {name!r} is not in the table{did_you_mean(name, DEVICES)}; it has "
+        f"{', '.join(DEVICES)}; for another give --gpu_memory and --flops"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def present_device(device: torch.device) -> Device:
+    """The machine at hand: for a GPU what it says of itself, and the rates of the table."""
+    if device.type != "cuda":
+        return Device("this CPU", False)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.name
+    rates: tuple[float | None, float | None] = (None, None)
+    for known, (_, teraflops, bandwidth) in DEVICES.items():
+        if all(word in _plain(name) for word in map(_plain, known.split())):
+            rates = (teraflops * 1e12, bandwidth * 1e9)
+            break
+    return Device(name, True, properties.total_memory, *rates)
+
+
+def show_bytes(size: int) -> str:
+    """Three digits or so, in GiB, MiB or KiB."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"
+
+
+def step_seconds(
+    device: Device, *, flops: float, bytes_moved: float, host_bytes: float
+) -> float | None:
+    """The least time a step can take: the longest of its products, its traffic with memory and,
+    under offload, its traffic with the host. None without the device's rate."""
+    if device.flops is None:
+        return None
+    times = [flops / device.flops, host_bytes / HOST_BYTES_PER_SECOND]
+    if device.bandwidth is not None:
+        times.append(bytes_moved / device.bandwidth)
+    return max(times)

@@ -1,0 +1,210 @@
+"""What stands in, on fake tensors, for kernels that only run on real ones: how much they allocate.
+
+Sizes are those of the implementations named beside each; no numbers are computed here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo_kernels.linear_logps_torch_tiles import Head, tile_bytes, tile_shape
+
+from .batch import PackLayout
+
+# ---- attention on a GPU -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastdpo::planned_attention", mutates_args=())
+def planned_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q [T, H, D], k and v [T_k, H_kv, D] -> out [T, H, D] and its log-sum-exps [H, T] fp32, as
+    variable-length flash attention returns and saves them."""
+    raise NotImplementedError("a plan runs on fake tensors")
+
+
+@planned_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse = ctx.saved_tensors
+    summed = torch.empty_like(lse)  # flash attention 2: rows of dO . O, and dQ summed in fp32
+    dq_fp32 = q.new_empty(q.shape, dtype=torch.float32)
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    del summed, dq_fp32
+    return gradients
+
+
+planned_attention.register_autograd(_attention_backward, setup_context=_save)
+
+
+def run_planned_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, **options: Any
+) -> Tensor:
+    """In the place of `attention._varlen_attn` and `_flash_attention_2`."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    return planned_attention(q, k, v)[0]
+
+
+# ---- the head ---------------------------------------------------------------------------------
+
+
+class PlannedHead(torch.autograd.Function):
+    """In the place of `linear_logps`: what it keeps, returns and borrows.
+
+    hidden [N, D], weight [V, D] -> [N]. rounded: the dtype that operands are computed in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rounded: torch.dtype,
+        workspace_bytes: int,
+        triton: bool,
+    ) -> Tensor:
+        n, d = hidden.shape
+        out = torch.promote_types(rounded, torch.float32)
+        logps = hidden.new_empty(n, dtype=out)
+        vectors = [hidden.new_empty(n, dtype=out) for _ in range(4 if triton else 3)]
+        rows = hidden.to(rounded)
+        unscaled = rows.new_empty(n, d) if hidden.requires_grad else None
+        trained = weight.requires_grad
+        kept, borrowed = _head_bytes(rows, weight, rounded, workspace_bytes, trained, triton)
+        saved = [hidden.new_empty(kept, dtype=torch.uint8)] if kept else []
+        _borrow(hidden, borrowed)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(unscaled, *([hidden, weight] if trained else []), *vectors, *saved)
+        ctx.hidden_dtype, ctx.borrowed, ctx.trained = hidden.dtype, borrowed, trained
+        ctx.weight_like = (weight.shape, weight.dtype)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        unscaled = ctx.saved_tensors[0]
+        hidden_grad = (unscaled * 1.0).to(ctx.hidden_dtype) if unscaled is not None else None
+        weight_grad = None
+        if ctx.trained:
+            shape, dtype = ctx.weight_like
+            weight_grad = grads[0].new_empty(shape, dtype=dtype)
+            _borrow(weight_grad, ctx.borrowed)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _borrow(like: Tensor, n_bytes: int) -> None:
+    like.new_empty(n_bytes, dtype=torch.uint8)
+
+
+def _head_bytes(
+    rows: Tensor,
+    weight: Tensor,
+    rounded: torch.dtype,
+    workspace_bytes: int,
+    trained: bool,
+    triton: bool,
+) -> tuple[int, int]:
+    """(bytes of E kept for the weight's gradient, bytes borrowed): linear_logps_torch.py's own
+    division of its workspace; for Triton all that a single chunk could use, within the bound."""
+    (n, v), vector = (len(rows), len(weight)), 4
+    if triton:
+        size = vector if rounded == torch.float32 else 2
+        whole = n * v * size
+        kept = whole if trained and whole + 64 * n + 2**24 <= workspace_bytes else 0
+        return kept, min(workspace_bytes - kept, whole + 64 * n + 2**24)
+    head = Head(
+        weight=weight,
+        bias=None,
+        adapter=None,
+        softcap=None,
+        scale=1.0,
+        temperature=1.0,
+        rounded=rounded,
+    )
+    kept = n * v * head.dtype.itemsize if trained else 0
+    if kept + tile_bytes(head, min(n, 256), min(v, 1024), head.tiles) > workspace_bytes:
+        kept = 0
+    tile = tile_shape(head, n, workspace_bytes - kept, head.tiles)
+    borrowed = tile_bytes(head, *tile, head.tiles)
+    if kept:  # the buffer has room for a whole row of E
+        borrowed += head.dtype.itemsize * head.tiles * max(v - tile[0] * tile[1], 0)
+    return kept, borrowed
+
+
+# ---- quantized weights ------------------------------------------------------------------------
+
+
+class PlannedQuantizedLinear(nn.Linear):
+    """In the place of bitsandbytes' Linear4bit and Linear8bitLt: the weight is `stored` bytes, and
+    every product, forward and backward, first makes a copy of it in the operands' dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _QuantizedProduct.apply(input, self.weight, self.bias)  # pyright: ignore
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        ctx.like = (weight.shape, dtype, x.dtype)
+        unpacked = x.new_empty(weight.shape, dtype=dtype)
+        return nn.functional.linear(x.to(dtype), unpacked, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        shape, dtype, of_input = ctx.like
+        unpacked = grads[0].new_empty(shape, dtype=dtype)
+        return (grads[0].to(dtype) @ unpacked).to(of_input), None, None
+
+
+def quantized_bytes(n_in: int, n_out: int, bits: int, nested: bool = False) -> int:
+    """Bytes that bitsandbytes holds for a weight [n_out, n_in].
+
+    8 bits: a byte each and an fp32 scale a row. 4 bits: half a byte each and an fp32 scale a block
+    of 64; nested: a byte a block, an fp32 scale for 256 of those, and an offset.
+    """
+    n = n_in * n_out
+    if bits == 8:
+        return n + 4 * n_out
+    blocks = -(-n // 64)
+    scales = blocks + 4 * -(-blocks // 256) + 4 + 1024 if nested else 4 * blocks
+    return -(-n // 2) + scales + 64  # and the 16 values of the format, fp32
+
+
+# ---- activations on the host ------------------------------------------------------------------
+
+
+class PlannedOffload(torch.autograd.graph.saved_tensors_hooks):
+    """In the place of offload.OffloadActivations: what it takes is freed, and is back when asked
+    for; two tensors are on their way at a time."""
+
+    def __init__(self, takes: Any, in_flight: int):
+        self.host_bytes = 0
+        going: deque[Tensor] = deque(maxlen=in_flight)
+
+        def pack(tensor: Tensor) -> Any:
+            if not takes(tensor):
+                return tensor
+            self.host_bytes += tensor.nbytes
+            going.append(tensor)
+            return tensor.shape, tensor.stride(), tensor.dtype
+
+        def unpack(packed: Any) -> Tensor:
+            going.clear()
+            if isinstance(packed, Tensor):
+                return packed
+            shape, stride, dtype = packed
+            return torch.empty_strided(shape, stride, dtype=dtype)
+
+        super().__init__(pack, unpack)

@@ -1,0 +1,367 @@
+"""The plan: predicted peaks against measured ones, the order of sacrifice, and what a run does."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, TrainerCallback
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.cli import main
+from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.options import parse_bytes
+from fastdpo.packing import build_pack, longest_pair
+from fastdpo.plan import Choice, Job, Planner, Prediction, state_bytes
+from fastdpo.plan_choose import choose
+from fastdpo.plan_device import Device, show_bytes
+from fastdpo.plan_replay import StepMemory, StepSettings, TwinSpec, replay
+from fastdpo.steps import Packer
+from tests.tiny import tiny_llama, tiny_mistral, tiny_pairs, tiny_qwen3
+
+# Six layers: enough for the replay's two smaller depths and the line through them.
+SHAPE: Any = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "head_dim": 16,
+    "vocab_size": 800,
+}
+FAMILIES = {"llama": tiny_llama, "qwen3": tiny_qwen3, "mistral": tiny_mistral}
+LORA: Any = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def some_pairs(n: int = 24):
+    return tiny_pairs(
+        n, vocab_size=800, prompt_lengths=(10, 60), response_lengths=(10, 60), pairs_per_prompt=2
+    )
+
+
+def config(tmp_path, **options) -> DPOConfig:
+    base = {
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 12,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-4,
+    }
+    return DPOConfig(**{**base, **options})
+
+
+class PeakOfStep(TrainerCallback):
+    """The peak of bytes that the second step allocates beyond what is there when it begins, by
+    PyTorch's own profiler: it sees every allocation, those inside kernels too."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profile.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.profile.__exit__(None, None, None)
+            found: Any = self.profile.profiler
+            events = found.kineto_results.events()
+            events = [e for e in events if e.name() == "[memory]"]
+            sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+            self.peak = max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_peak_is_the_measured_one(tmp_path, family, lora, checkpointing):
+    """Within 10 %: beyond weights and states, which are exact, and so in total."""
+    watch = PeakOfStep()
+    trainer = DPOTrainer(
+        model=FAMILIES[family](**SHAPE),
+        args=config(
+            tmp_path,
+            gradient_checkpointing=checkpointing,
+            max_tokens_per_pack=2000,
+            gpu_memory="1TiB",
+        ),
+        train_dataset=some_pairs(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+        callbacks=[watch],
+    )
+    assert trainer.run_plan is not None
+    predicted = trainer.run_plan.prediction
+    trainer.train()
+    assert trainer.optimizer is not None
+    fixed = ("weights", "adapters", "optimizer states", "reference")
+    beyond = sum(size for kind, size in predicted.memory.items() if kind not in fixed)
+    states = sum(
+        value.nbytes
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    )
+    assert predicted.memory["optimizer states"] == states
+    assert abs(beyond - watch.peak) <= 0.1 * watch.peak
+
+
+# ---- what is chosen ---------------------------------------------------------------------------
+
+
+BYTES_PER_TOKEN = {False: 400_000, "selective": 150_000, True: 100_000}
+
+
+@pytest.fixture
+def law(monkeypatch):
+    """In the place of the replay a law as simple as it can be, so that what is chosen can be
+    told: bytes in proportion to tokens, by checkpointing, less under offload, and the workspace."""
+
+    def replay(spec, pack, settings) -> StepMemory:
+        size = pack.n_tokens * BYTES_PER_TOKEN[settings.checkpointing]
+        size = int(size * (0.8 if settings.offload else 1.0))
+        return StepMemory({"MLP": size, "log-probs": settings.workspace_bytes}, 0, 0, 0)
+
+    monkeypatch.setattr("fastdpo.plan.replay", replay)
+
+
+def planner_for(full: bool = False, **options: Any) -> Planner:
+    """For a small Llama on an imagined GPU, LoRA unless `full`, all on auto but `options`."""
+    auto = ("max_tokens_per_pack", "gradient_checkpointing", "activation_offloading", "optim")
+    given: Any = {name: "auto" for name in (*auto, "logps_workspace_bytes")}
+    given |= {"output_dir": "unused", "use_cpu": True, "per_device_train_batch_size": 12, **options}
+    shape: Any = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32000}
+    pairs = tiny_pairs(48, vocab_size=800, prompt_lengths=(50, 900), response_lengths=(50, 900))
+    job = Job(
+        spec=TwinSpec(LlamaConfig(**shape), torch.bfloat16, None if full else LoraConfig(**LORA)),
+        args=DPOConfig(**given),
+        pairs=pairs,
+        device=Device("a GPU", True, None, 1e14, 1e12),
+        bf16=True,
+        packer=Packer("shared", 1, torch.device("cpu")),
+        base_precision=None if full else "auto",
+    )
+    return Planner(job)
+
+
+def test_less_memory_takes_the_next_sacrifice(law):
+    """Budgets from ample to scarce walk down the documented order, and each plan fits its own."""
+    planner = planner_for()
+    row, longest = planner.longest
+    ample = choose(planner, 64 * 2**30)
+    tokens = min(planner.heaviest_step, 16384)
+    assert ample.choice == Choice(tokens, False, False, "adamw_torch_fused", "bf16")
+    seen, room = [ample], ample.total
+    message = ""
+    while not message:
+        room = int(0.97 * room)
+        try:
+            found = choose(planner, room)
+        except (DataError, ConfigError) as error:
+            message = str(error)
+            break
+        assert found.total <= room
+        seen.append(found)
+
+    def place(prediction: Prediction) -> tuple:
+        """Where a choice stands in the order of sacrifice, packs aside."""
+        choice = prediction.choice
+        return (
+            ("bf16", "8bit", "4bit").index(str(choice.base_precision)),
+            ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit").index(choice.optim),
+            -choice.logps_workspace_bytes,
+            choice.activation_offloading,
+            (False, "selective", True).index(choice.gradient_checkpointing),
+        )
+
+    places = [place(prediction) for prediction in seen]
+    # A smaller base or smaller states make room again for what was given up before.
+    assert places == sorted(places, key=lambda p: p[:2])
+    for group in {p[:2] for p in places}:
+        within = [p for p in places if p[:2] == group]
+        assert within == sorted(within)
+    assert {p[4] for p in places} == {0, 1, 2} and {p[3] for p in places} == {False, True}
+    assert {p[0] for p in places} == {0, 1, 2}
+    # Packs stay comfortable until nothing else that is exact is left.
+    for prediction, (_, _, workspace, offload, how) in zip(seen, places, strict=True):
+        if prediction.choice.max_tokens_per_pack < 4096:
+            assert offload and how == 2, (prediction.choice, workspace)
+    assert f"row {row}: its pair of {longest} tokens can't fit" in message
+
+
+def test_what_was_given_is_never_changed(law):
+    given = {
+        "max_tokens_per_pack": 4000,
+        "gradient_checkpointing": "none",
+        "activation_offloading": False,
+        "optim": "adamw_torch",
+        "logps_workspace_bytes": 2**25,
+    }
+    planner = planner_for(full=True, **given)
+    choice = choose(planner, 64 * 2**30).choice
+    assert choice == Choice(4000, False, False, "adamw_torch", None, 2**25)
+    with pytest.raises(ConfigError) as caught:
+        choose(planner, int(1.9 * 2**30))
+    message = str(caught.value)
+    assert "the least that this run takes is" in message
+    assert "gradient_checkpointing" in message and "on auto it fits" in message
+
+
+def test_an_impossible_budget_says_the_minimum_and_what_would_fit(law):
+    planner = planner_for(full=True)
+    least = Choice(planner.longest[1], True, True, "paged_adamw_8bit", None, 2**24)
+    minimum = show_bytes(planner.predict(least).total)
+    with pytest.raises(ConfigError, match="weights and optimizer alone take") as caught:
+        choose(planner, planner.least_static(least) // 2)
+    assert f"the least that this run takes is {minimum}" in str(caught.value)
+    # A little less than the minimum: the longest pair is what can't fit.
+    with pytest.raises(DataError, match=rf"row {planner.longest[0]}: its pair of") as caught:
+        choose(planner, planner.predict(least).total - 2**24)
+    assert "tokens would fit: see max_length" in str(caught.value)
+
+
+def test_selective_checkpointing_and_offload_lie_between_nothing_and_full():
+    shape: Any = {**SHAPE, "num_hidden_layers": 3, "hidden_size": 256}
+    packs = build_pack(some_pairs(), range(24), mode="shared")
+
+    def peak(how: bool | str, offload: bool) -> int:
+        settings = StepSettings(True, True, True, True, checkpointing=how, offload=offload)
+        spec = TwinSpec(LlamaConfig(**shape), torch.bfloat16, LoraConfig(**LORA))
+        return replay(spec, packs, settings).total
+
+    assert peak(True, False) < peak("selective", False) < peak(False, False)
+    assert peak(False, True) < peak(False, False)
+    assert peak(True, True) <= peak(True, False)
+
+
+def test_states_are_as_large_as_the_optimizers_make_them():
+    sizes = [(1_000_000, 4_000_000), (1000, 4000), (10_000, 20_000)]
+    assert state_bytes("sgd", sizes) == (0, 0)
+    assert state_bytes("adamw_torch_fused", sizes) == (2 * 4_024_000, 0)
+    # Two bytes an element and two fp32 scales a block of 256; fp32 below 4096 elements.
+    blocks = 2 * 4 * (3907 + 40)
+    assert state_bytes("adamw_8bit", sizes) == (2 * 1_010_000 + blocks + 8 * 1000, 0)
+    assert state_bytes("paged_adamw_8bit", sizes)[1] == 2_000_000 + 2 * 4 * 3907
+    assert state_bytes("paged_adamw_32bit", sizes) == (8 * 11_000, 8_000_000)
+
+
+@pytest.mark.parametrize("text", ["24", "24GiB", " 24 gib", "24GB", "512MiB", "1.5GiB"])
+def test_sizes_are_read(text):
+    sizes = {"24": 24, "24GB": 24 * 10**9, "512MiB": 2**29, "1.5GiB": 3 * 2**29}
+    assert parse_bytes(text) == sizes.get(text, 24 * 2**30)
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "0GiB", "24 apples", "-1GiB"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="expects a size such as 24GiB"):
+        parse_bytes(text)
+
+
+def test_the_command_needs_no_weights_and_no_dataset(tmp_path, capsys):
+    LlamaConfig(**SHAPE).save_pretrained(tmp_path / "model")
+    words = ["plan", "--model_name_or_path", str(tmp_path / "model"), "--gpu", "L4"]
+    words += ["--use_peft", "--base_precision", "auto", "--max_length", "128"]
+    assert main([*words, "--gradient_checkpointing", "auto"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("weights", "adapters", "gradients", "optimizer states", "attention", "MLP"):
+        assert expected in printed
+    assert "fragmentation allowance" in printed and "time per step: at least" in printed
+    assert "gradient_checkpointing: none  # chosen" in printed
+    assert "base_precision: bf16  # chosen" in printed
+    assert "longest pair: 253 tokens (assumed, at max_length)" in printed  # 1 + 2 * 126
+    assert main([*words, "--gpu_memory", "300MiB"]) == 2
+    assert "the least that this run takes is" in capsys.readouterr().err
+    assert main(["plan", "--model_name_or_path", str(tmp_path / "model"), "--gpu", "H1000"]) == 2
+    assert "did you mean 'H100'" in capsys.readouterr().err
+
+
+# ---- in a run -----------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_plan_and_compares_it(tmp_path, caplog):
+    caplog.set_level("INFO", logger="fastdpo")
+    trainer = DPOTrainer(
+        model=tiny_llama(**SHAPE),
+        args=config(tmp_path, max_tokens_per_pack="auto", gpu_memory="1GiB", measure_memory=True),
+        train_dataset=some_pairs(),
+        peft_config=LoraConfig(**LORA),
+    )
+    assert isinstance(trainer.args.max_tokens_per_pack, int)
+    trainer.train()
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["auto"] == ["max_tokens_per_pack"]
+    assert plan["chosen"]["max_tokens_per_pack"] == trainer.args.max_tokens_per_pack
+    assert plan["total_bytes"] <= plan["budget_bytes"] == 2**30
+    # The dispatcher sees all but what kernels borrow inside, on the pack that was planned for.
+    assert abs(plan["measured_peak_bytes"] - plan["peak_bytes"]) <= 0.1 * plan["peak_bytes"]
+    lines = [
+        record.message for record in caplog.records if "at the peak of the first" in record.message
+    ]
+    assert len(lines) == 1
+
+
+def test_a_budget_too_small_for_a_pair_is_named_before_step_1(tmp_path):
+    with pytest.raises(DataError, match="its pair of .* tokens can't fit"):
+        DPOTrainer(
+            model=tiny_llama(**SHAPE),
+            args=config(tmp_path, max_tokens_per_pack="auto", gpu_memory="4MiB"),
+            train_dataset=some_pairs(),
+            peft_config=LoraConfig(**LORA),
+        )
+
+
+class OutOfMemoryOnce:
+    """Stands for the policy's forward: the n-th call finds no memory, after real work was done."""
+
+    def __init__(self, forward, at: int):
+        self.forward, self.at, self.calls = forward, at, 0
+
+    def __call__(self, *args):
+        return self.with_stats(*args, ()).token_logps
+
+    def with_stats(self, *args):
+        self.calls += 1
+        if self.calls == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory (a stub)")
+        return self.forward.with_stats(*args)
+
+
+def trained(tmp_path, name: str, out_of_memory_at: int = 0, **options):
+    trainer = DPOTrainer(
+        model=tiny_llama(),
+        args=config(tmp_path, output_dir=str(tmp_path / name), **options),
+        train_dataset=tiny_pairs(24),
+    )
+    if out_of_memory_at:
+        short: Any = OutOfMemoryOnce(trainer._forward, out_of_memory_at)
+        trainer._forward = short
+    trainer.train()
+    return trainer
+
+
+def test_out_of_memory_before_the_first_update_packs_again(tmp_path, caplog):
+    """And the run is, bit for bit, the one that had the smaller packs from the start."""
+    caplog.set_level("WARNING", logger="fastdpo")
+    short = trained(tmp_path, "a", out_of_memory_at=2, max_tokens_per_pack=200, max_steps=3)
+    tokens = short.args.max_tokens_per_pack
+    assert isinstance(tokens, int) and tokens < 200
+    assert "packing again with max_tokens_per_pack" in caplog.text
+    other = trained(tmp_path, "b", max_tokens_per_pack=tokens, max_steps=3)
+    weights = (short.model.state_dict(), other.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (short, other)]
+    assert losses[0] == losses[1]
+
+
+def test_out_of_memory_later_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(ModelError, match=r"out of memory at step [23],.*lower max_tokens_per_pack"):
+        trained(tmp_path, "a", out_of_memory_at=5, max_tokens_per_pack=300, max_steps=3)
+
+
+def test_out_of_memory_on_the_longest_pair_alone_names_its_row(tmp_path):
+    pairs = tiny_pairs(24)
+    _, tokens = longest_pair(pairs, "shared")
+    with pytest.raises(ModelError, match=rf"row \d+ alone takes {tokens}: lower max_length"):
+        trained(tmp_path, "a", out_of_memory_at=1, max_tokens_per_pack=tokens)
