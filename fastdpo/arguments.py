@@ -424,6 +424,12 @@ class TrainingOptions:
         "attention's output. none: nothing.",
     )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
+    base_precision: str = option(
+        "as_loaded",
+        "fp8: the frozen linear layers under an adapter in 8-bit floats; needs Hopper or newer "
+        "(emulated on a CPU). The log says by how much log-probs move.",
+        ("as_loaded", "fp8"),
+    )
     compile: str = option(
         "off",
         "layers: torch.compile each decoder layer, packs padded to 8 lengths. auto: where it can "

@@ -36,6 +36,7 @@ from .config import DPOConfig
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
 from .first_step import check_first_step
+from .fp8 import use_fp8_base
 from .interrupts import Interrupted, StopRequests
 from .logps import PackedOutput
 from .metrics import TOKEN_STATS, PackStats, PreferenceMetrics
@@ -150,6 +151,8 @@ class DPOTrainer:
         self._forward = save_memory(models, self.args, rebind=plans_workspace)
         assert isinstance(self.args.max_tokens_per_pack, int)
         self.packer = packer.of_tokens(self.args.max_tokens_per_pack, padded=models.compiled)
+        if self.args.base_precision == "fp8":
+            self._use_fp8_base()
         self.references = References(
             models.reference, models.packed_reference, self.packer, self.args
         )
@@ -183,6 +186,15 @@ class DPOTrainer:
         self.guard = FiniteGuard(self.args.on_nonfinite, self.device)
         self.metrics_file: MetricsFile | None = None
         self.control = self._event("on_init_end")
+
+    def _use_fp8_base(self) -> None:
+        """Before any reference is computed, on the first pack of the data."""
+        datasets = [self.train_pairs, *self.eval_pairs.values()]
+        pairs = next(pairs for pairs in datasets if pairs is not None)
+        n = min(len(pairs), self.args.pairs_per_step)
+        with evaluating(self.model):
+            pack = self.packer.pack(pairs, self.packer.plan(pairs, np.arange(n))[0]) if n else None
+            self.fp8_error = use_fp8_base(self.model, pack, self._forward)
 
     # ---- the training step ------------------------------------------------------------------
 
