@@ -285,7 +285,7 @@ def test_no_loss_waits_for_the_device(tmp_path, loss_type):
     watch = RefuseSyncs(first=3)
     try:
         trainer = train(
-            tmp_path, "run", callbacks=[watch], loss_type=loss_type, max_tokens_per_pack=512
+            tmp_path, "run", callbacks=[watch], loss_type=loss_type, max_tokens_per_pack=256
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
