@@ -2,7 +2,8 @@
 
 An example of unpaired data (KTO's) is kept as a pair whose second response is a *mismatched* one:
 another example's response behind this prompt, from which KTO estimates its KL baseline. So packs,
-shared prompts, references and their cache serve both. Rows and tokenizers: data.py.
+shared prompts, references and their cache serve both. It stays the same in every epoch and order
+of sampling, lest its reference be computed again. Rows and tokenizers: data.py.
 """
 
 from __future__ import annotations

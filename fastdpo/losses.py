@@ -221,7 +221,10 @@ def orpo(logps: PairLogps, *, beta: float) -> Tensor:
 
 
 def kl_baseline(logps: PairLogps) -> Tensor:
-    """KTO's z_0 []: the mean log-ratio of the step's mismatched responses, at least 0, constant."""
+    """KTO's z_0 []: the mean log-ratio of the step's mismatched responses, at least 0, constant.
+
+    TRL takes it from each micro-batch, so the two agree where a step is one of those.
+    """
     return logps.rejected_logratios.detach().mean().clamp(min=0)
 
 
