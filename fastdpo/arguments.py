@@ -478,6 +478,14 @@ class TrainingOptions:
     metric_for_best_model: str | None = option(None, "Metric that tells the best; the loss.")
     greater_is_better: bool | None = option(None, "Whether that metric should rise.")
 
+    num_sample_prompts: Natural = option(
+        0, "Prompts of the evaluation sets (or of sample_prompts) answered greedily each time."
+    )
+    sample_prompts: str | None = option(
+        None, 'A file of prompts to answer instead: one a line, or .jsonl with {"prompt": …}.'
+    )
+    sample_max_new_tokens: Count = option(64, "Most tokens of such an answer.")
+
     # Checkpoints
     save_strategy: str = option("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
     save_steps: Positive = option(
@@ -485,6 +493,15 @@ class TrainingOptions:
     )
     save_total_limit: Count | None = option(None, "Most checkpoints to keep.")
     save_only_model: bool = option(False, "Save without optimizer state: no resuming.")
+
+    # Hub
+    push_to_hub: bool = option(False, "Upload the saved result to the Hugging Face Hub.")
+    hub_model_id: str | None = option(
+        None, "Its name there, USER/NAME; by default output_dir's name."
+    )
+    hub_private_repo: bool | None = option(None, "As a private model.")
+    hub_revision: str | None = option(None, "Branch that it goes to.")
+    hub_strategy: str = option("end", "When to upload: once, at the end.", ("end",))
 
     # Log
     logging_strategy: str = option("steps", "When to log.", INTERVALS)
@@ -520,6 +537,11 @@ class TrainingOptions:
                 f"'max_steps' expects a whole number >= 1, or -1 to go by epochs; "
                 f"got {self.max_steps}"
             )
+        for name in ("hub_model_id", "hub_private_repo", "hub_revision"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise ConfigError(
+                    f"{name!r} is for uploads: set push_to_hub: true, or leave it out"
+                )
         in_step = self.save_strategy in ("best", self.eval_strategy)
         if self.load_best_model_at_end and not in_step:
             raise ConfigError(
@@ -624,5 +646,6 @@ HELP_PARTS = {
     "bf16": "Precision, memory and machine",
     "eval_strategy": "Evaluation",
     "save_strategy": "Checkpoints",
+    "push_to_hub": "Hub",
     "logging_strategy": "Log",
 }

@@ -44,10 +44,12 @@ fastdpo {__version__}: preference training (DPO) on one GPU
   fastdpo plan CONFIG.yaml [--gpu_memory 24GiB]                 memory and time, before anything
   fastdpo precompute CONFIG.yaml --ref_cache_dir DIR            the reference of `train`, once
   fastdpo cache info|verify|prune DIR                           what such a folder holds
+  fastdpo export RUN -o DIR [--merge] [--dtype T]               a result to hand on
+  fastdpo report RUN [RUN …] [-o PAGE.html]                     curves, data, samples as a page
   fastdpo demo [--output_dir DIR]                               a run of a few minutes on a CPU
   fastdpo --version
 """
-COMMANDS = ("train", "plan", "precompute", "cache", "demo")
+COMMANDS = ("train", "plan", "precompute", "cache", "report", "export", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +87,14 @@ def _run(argv: list[str]) -> int:
         from .demo import main as demo
 
         return demo(rest)
+    if command == "report":
+        from .report_page import main as report
+
+        return report(rest)
+    if command == "export":
+        from .export import main as export
+
+        return export(rest)
     if command == "cache":
         from .cache_cli import main as cache
 

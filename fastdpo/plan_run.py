@@ -29,6 +29,7 @@ from .packing import longest_pair
 from .plan_device import present_device, show_bytes
 from .policy import Models
 from .reference_logps import AdapterReference, NoReference
+from .run_folder import PLAN_FILE
 
 if TYPE_CHECKING:  # what replays a model takes a second to import, and not every run has a plan
     from .plan import Job, Planner, Prediction
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # what replays a model takes a second to import, and not ever
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "plan.json"
 FIRST_STEPS = 3  # by then optimizer states are there, and allocators have settled
 SMALLER = 0.75  # of the tokens that did not fit
 

@@ -19,7 +19,9 @@ from .errors import CheckpointError
 from .metrics import PackStats
 from .model import load_weights, model_identity
 from .reference_sync import load_reference_state, reference_state
+from .run_folder import SAMPLES_FILE
 from .runtime import sum_over_ranks
+from .samples import SamplesFile
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
@@ -104,6 +106,7 @@ def put_back(trainer: DPOTrainer, found: list[Path]) -> None:
         trainer.run_log.packs = PackStats(**saved.sums["packs"])
         if trainer.metrics_file is not None:
             trainer.metrics_file.rewrite(trainer.state.log_history)
+        SamplesFile(trainer.output_dir / SAMPLES_FILE).keep_until(trainer.state.global_step)
     ckpt.set_rng_state(saved.rng)
     logger.info("resumed from %s, at step %d", folder, trainer.state.global_step)
 

@@ -39,10 +39,14 @@ def needs_tokenizer(*datasets: Any) -> bool:
 
 
 def tokenized(
-    dataset: Any, name: str, objective: Objective, tokenizer: PreTrainedTokenizerBase | None
+    dataset: Any,
+    name: str,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reports: dict[str, list[str]],
 ) -> TokenizedPairs:
     """The pairs (or unpaired examples) of `dataset` that `objective` is of, with the columns that
-    it asks for; says what became of the rows."""
+    it asks for; says what became of the rows, and adds that to `reports` under `name`."""
     args, wanted = objective.args, objective.columns
     if isinstance(dataset, TokenizedPairs):
         require_columns(wanted, list(dataset.columns), name)
@@ -59,7 +63,8 @@ def tokenized(
         number_columns=wanted,
         mismatch_block=objective.mismatch_block,
     )
-    for line in report.lines():
+    reports[name] = report.lines()
+    for line in reports[name]:
         logger.info(line)
     return pairs
 

@@ -1,9 +1,11 @@
 """A run's folder: what its files are called, and how it is made ready. Nothing of other hands is
 ever overwritten; a run of fastdpo's only where that was asked for."""
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError
 
@@ -11,14 +13,20 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CONFIG_FILE = "resolved_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+DATA_REPORT_FILE = "data_report.json"
+SAMPLES_FILE = "samples.jsonl"
+PLAN_FILE = "plan.json"
 RESULT = re.compile(r"adapter_model\.safetensors|model.*\.safetensors|curves\.png")
+# A saved model or adapter, with its tokenizer and card.
+RESULT_FILES = re.compile(
+    r"adapter_(model\.safetensors|config\.json)|model.*\.safetensors(\.index\.json)?"
+    r"|(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|README\.md"
+)
 # What a run leaves in its folder, beside checkpoints: overwriting deletes these and nothing else.
 OURS = re.compile(
-    r"resolved_config\.yaml|metrics\.jsonl|curves\.png|README\.md|chat_template\.jinja"
-    r"|\.metrics\.jsonl\.tmp"
-    r"|adapter_(model\.safetensors|config\.json)|model.*\.safetensors(\.index\.json)?"
-    r"|(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.json|merges\.txt"
+    r"resolved_config\.yaml|metrics\.jsonl|curves\.png|data_report\.json|samples\.jsonl"
+    r"|plan\.json|report\.html|\.(metrics|samples)\.jsonl\.tmp|" + RESULT_FILES.pattern
 )
 LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.(tmp|old)")
 
@@ -111,3 +119,11 @@ def tidy(output_dir: Path) -> None:
             path.rename(whole)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Raises `CheckpointError` where it can't be written."""
+    try:
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} can't be written: {error.strerror}") from error

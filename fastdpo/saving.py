@@ -3,13 +3,26 @@
 What is needed to go on training is a checkpoint's affair (checkpoint.py).
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .config import to_plain
+from .config_files import read_yaml
 from .errors import CheckpointError
+from .export import of_evaluation
+from .model import base_model
+from .model_card import Card
+from .run_folder import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
 
 
 def save_model(
@@ -30,3 +43,22 @@ def save_model(
         raise CheckpointError(
             f"the model could not be saved in {str(folder)!r}: {error}"
         ) from error
+
+
+def card_of(
+    trainer: DPOTrainer, name: str, dataset: str | None = None, tags: Iterable[str] = ()
+) -> Card:
+    """The model card of a trainer's result, called `name`."""
+    config = trainer.output_dir / CONFIG_FILE
+    resolved = read_yaml(config) if config.is_file() else {}  # the command line's, with the data
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    return Card(
+        name,
+        base_model=base_model(trainer.model).config._name_or_path,
+        adapter=isinstance(trainer.model, PeftModel),
+        options=to_plain(trainer.args),
+        metrics=of_evaluation(evaluated[-1]) if evaluated else {},
+        data=[line for lines in trainer.data_reports.values() for line in lines],
+        dataset=dataset or resolved.get("dataset_name"),
+        tags=tags,
+    )

@@ -33,10 +33,12 @@ from .accumulate import make_gradients
 from .batch import Pack
 from .body import compiled_graphs
 from .config import DPOConfig
+from .data import TokenizedPairs
 from .errors import ConfigError, DataError, MissingPackageError, ModelError
 from .evaluation import evaluate_pairs, note_if_best
 from .first_step import check_first_step
 from .fp8 import use_fp8_base
+from .hub import check_can_push, push_folder
 from .interrupts import Interrupted, StopRequests
 from .logps import PackedOutput
 from .metrics import TOKEN_STATS, PackStats, PreferenceMetrics
@@ -47,6 +49,7 @@ from .model import (
     load_pretrained_tokenizer,
     load_weights,
 )
+from .model_card import write_card
 from .nonfinite import FiniteGuard, describe, finite_or_none, grad_norm
 from .objective import Objective, PackLoss, ScoredPack
 from .optim import make_optimizer, make_scheduler
@@ -54,14 +57,24 @@ from .plan_run import settle, start_over
 from .policy import prepare_models, save_memory
 from .precompute import Precomputation
 from .reference_cache import ReferenceCache
-from .reference_logps import LiveReference, evaluating
+from .reference_logps import LiveReference, Reference, evaluating
 from .reference_sync import follow
 from .report import plot_curves
 from .router_loss import router_grad, router_loss, step_router_sums
 from .run_data import References, by_name, needs_tokenizer, tokenized
-from .run_folder import CONFIG_FILE, CURVES_FILE, METRICS_FILE, prepare_output_dir, tidy
+from .run_folder import (
+    CONFIG_FILE,
+    CURVES_FILE,
+    DATA_REPORT_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    prepare_output_dir,
+    tidy,
+    write_json,
+)
 from .run_log import MetricsFile, RunLog
 from .runtime import make_deterministic, sum_gradients_over_ranks, wait_for_ranks
+from .samples import SamplesFile, sample_prompts
 from .steps import Packer, StepPacks, StepPlan, mean_chosen_length
 
 logger = logging.getLogger(__name__)
@@ -108,6 +121,8 @@ class DPOTrainer:
         self.output_dir = Path(self.args.output_dir or "dpo_output")
         if train_dataset is None and eval_dataset is None:
             raise DataError("train_dataset is required (or eval_dataset, to evaluate only)")
+        if self.args.push_to_hub:
+            check_can_push()
         self.objective = Objective(self.args)
         if self.args.deterministic:
             make_deterministic()
@@ -133,7 +148,13 @@ class DPOTrainer:
         self.model, self.packed_forward = models.policy, models.packed
         self._reference_name, self.router = models.reference.name, models.router
         self.compiled = models.compiled
-        read = functools.partial(tokenized, objective=self.objective, tokenizer=processing_class)
+        self.data_reports: dict[str, list[str]] = {}  # what became of each dataset's rows
+        read = functools.partial(
+            tokenized,
+            objective=self.objective,
+            tokenizer=processing_class,
+            reports=self.data_reports,
+        )
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
         self.eval_pairs = {
             key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
@@ -162,6 +183,7 @@ class DPOTrainer:
             key: self.references.of(pairs, key or "eval") for key, pairs in self.eval_pairs.items()
         }
         self.references.let_go()
+        self.samples = sample_prompts(self.args, self.eval_pairs, processing_class)
 
         self.optimizer, self.lr_scheduler = optimizers
         self.state = TrainerState(
@@ -365,6 +387,7 @@ class DPOTrainer:
             resume.put_back(self, found)
         if args.process_index == 0:
             args.save_yaml(self.output_dir / CONFIG_FILE)
+            write_json(self.output_dir / DATA_REPORT_FILE, self.data_reports)
             if self.run_plan is not None:
                 self.run_plan.write(self.output_dir)
         self._check_first_step = (
@@ -520,20 +543,35 @@ class DPOTrainer:
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss and rewards on `eval_dataset`, by default on those given at construction.
 
         Returns and logs TRL's names with the prefix: `eval_loss`, `eval_rewards/accuracies`, …;
-        for a dict of datasets `eval_NAME_loss`, ….
+        for a dict of datasets `eval_NAME_loss`, …. A name of one given at construction stands for
+        it. `ignore_keys`, of transformers' Trainer, names outputs of the model to leave out, which
+        are never gathered here: refused unless empty.
         """
+        if ignore_keys:
+            raise ConfigError(
+                f"evaluate() gathers no outputs of the model, so ignore_keys {ignore_keys} would "
+                "do nothing; leave it out"
+            )
+        if isinstance(eval_dataset, str):
+            return self._evaluate_named(eval_dataset, metric_key_prefix)
         if eval_dataset is None:
             if not self.eval_pairs:
                 raise DataError("evaluate() needs an eval_dataset, here or at construction")
             sets, references = self.eval_pairs, self.eval_references
         else:
             read = functools.partial(
-                tokenized, objective=self.objective, tokenizer=self.processing_class
+                tokenized,
+                objective=self.objective,
+                tokenizer=self.processing_class,
+                reports={},
             )
             sets = {
                 key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
@@ -541,6 +579,21 @@ class DPOTrainer:
             references = {
                 key: self.references.of(pairs, key or "eval") for key, pairs in sets.items()
             }
+        return self._evaluate_sets(sets, references, metric_key_prefix)
+
+    def _evaluate_named(self, name: str, prefix: str) -> dict[str, float]:
+        if name not in self.eval_pairs:
+            raise DataError(
+                f"no evaluation set is called {name!r}; there are "
+                f"{', '.join(map(repr, self.eval_pairs)) or 'none'}"
+            )
+        return self._evaluate_sets(
+            {name: self.eval_pairs[name]}, {name: self.eval_references[name]}, prefix
+        )
+
+    def _evaluate_sets(
+        self, sets: dict[str, TokenizedPairs], references: dict[str, Reference], prefix: str
+    ) -> dict[str, float]:
         logs: dict[str, float] = {}
         with evaluating(self.model):
             for key, pairs in sets.items():
@@ -552,7 +605,7 @@ class DPOTrainer:
                     metrics=self._new_metrics(),
                     packer=self.packer,
                     args=self.args,
-                    prefix=f"{metric_key_prefix}_{key}" if key else metric_key_prefix,
+                    prefix=f"{prefix}_{key}" if key else prefix,
                 )
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -575,6 +628,11 @@ class DPOTrainer:
             )
         metrics = self.evaluate()
         self._is_best = note_if_best(metrics, self.state, self.args)
+        if self.samples is not None and self.state.is_world_process_zero:
+            assert self.processing_class is not None
+            with self._forward.autocast():
+                answers = self.samples.answer(self.model, self.processing_class, self.device)
+            SamplesFile(self.output_dir / SAMPLES_FILE).append(self.state.global_step, answers)
         return metrics
 
     # ---- checkpoints ------------------------------------------------------------------------
@@ -585,6 +643,33 @@ class DPOTrainer:
             return
         folder = Path(output_dir or self.output_dir)
         saving.save_model(self.model, self.processing_class, folder)
+        write_card(folder, saving.card_of(self, folder.name))
+        if self.args.push_to_hub and output_dir is None:
+            self.push_to_hub("Model save")
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md` into `output_dir`; TRL's name and arguments."""
+        name = model_name or self.output_dir.name
+        tags = [tags] if isinstance(tags, str) else tags or []
+        if self.state.is_world_process_zero:
+            write_card(self.output_dir, saving.card_of(self, name, dataset_name, tags))
+
+    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+        """Uploads the saved result in `output_dir` as `hub_model_id`; returns its address."""
+        if not self.state.is_world_process_zero:
+            return None
+        return push_folder(
+            self.output_dir,
+            self.args.hub_model_id or self.output_dir.name,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            message=commit_message,
+        )
 
     def _open_output_dir(self, asked: str | bool | None) -> list[Path]:
         """Makes the folder ready; the checkpoints to resume from, the first choice first."""
@@ -613,7 +698,8 @@ class DPOTrainer:
         self._refuse_nonfinite()
         state = resume.take(self)
         if self.state.is_world_process_zero:
-            ckpt.save_checkpoint(folder, state, self.save_model)
+            save = functools.partial(saving.save_model, self.model, self.processing_class)
+            ckpt.save_checkpoint(folder, state, save)
             best = self.state.best_model_checkpoint
             limit = self.args.save_total_limit
             ckpt.rotate(self.output_dir, limit, folder, Path(best) if best else None)
