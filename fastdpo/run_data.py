@@ -43,10 +43,11 @@ def tokenized(
     name: str,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase | None,
-    reports: dict[str, list[str]],
+    reports: dict[str, list[str]] | None = None,
 ) -> TokenizedPairs:
     """The pairs (or unpaired examples) of `dataset` that `objective` is of, with the columns that
-    it asks for; says what became of the rows, and adds that to `reports` under `name`."""
+    it asks for; says what became of the rows, and adds that to `reports`
+    under `name`."""
     args, wanted = objective.args, objective.columns
     if isinstance(dataset, TokenizedPairs):
         require_columns(wanted, list(dataset.columns), name)
@@ -63,9 +64,10 @@ def tokenized(
         number_columns=wanted,
         mismatch_block=objective.mismatch_block,
     )
-    reports[name] = report.lines()
-    for line in reports[name]:
+    for line in report.lines():
         logger.info(line)
+    if reports is not None:
+        reports[name] = report.lines()
     return pairs
 
 

@@ -571,7 +571,6 @@ class DPOTrainer:
                 tokenized,
                 objective=self.objective,
                 tokenizer=self.processing_class,
-                reports={},
             )
             sets = {
                 key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
