@@ -182,8 +182,11 @@ def test_the_same_run_as_trl(tmp_path, case, record_property):
     )
     record_property("losses", losses)
     record_property("weights", weights)
+    moved_at = next(i for i, log in enumerate(logs[1], start=1) if log["learning_rate"] > 0)
     for step, (mine, other) in enumerate(zip(*logs, strict=True), start=1):
         excess = {k: v for k, v in difference(mine, other, options["beta"]).items() if v > 1}
+        if step <= moved_at:  # policy = reference: the sign of a reward is that of its rounding
+            excess.pop("rewards/accuracies", None)
         assert not excess, (step, excess, mine, other)
     assert moved > 1e-3  # the weights did change
     assert weights < min(RTOL, MOVE_RTOL * moved)
