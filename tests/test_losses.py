@@ -287,7 +287,8 @@ def test_the_step_wide_losses_would_differ_pack_by_pack(loss_type):
     found = []
     for name in PACKED:
         made = trainer(name)
-        made.objective, made.metrics = objective, made._new_metrics()
+        made.objective = objective
+        made.metrics = made._new_metrics()
         made._train_step(next(iter(made.plan.steps(0, skip=0))))
         found.append(made.metrics.read()["loss"])
     assert max(abs(loss - whole) for loss in found) > 1e-3
@@ -308,13 +309,13 @@ def test_both_passes_draw_the_same_dropout(tmp_path):
     forward = made._forward
 
     class Spy(type(forward)):
-        def with_stats(self, model, pack, stats):
-            output = super().with_stats(model, pack, stats)
+        def with_stats(self, model, pack, stats, router=False):
+            output = super().with_stats(model, pack, stats, router)
             if model.training:
                 seen.append(output.token_logps.detach())
             return output
 
-    made._forward = Spy(forward.device_type, forward.bf16)
+    made._forward = Spy(**vars(forward))
     made.model.train()
     step = next(iter(made.plan.steps(0, skip=0)))
     made._train_step(step)
@@ -604,7 +605,8 @@ def test_the_fused_loss_is_the_plain_one():
         found = []
         for objective in (fused, plain):
             made = trainer("many packs")
-            made.objective, made.metrics = objective, made._new_metrics()
+            made.objective = objective
+            made.metrics = made._new_metrics()
             made._train_step(next(iter(made.plan.steps(0, skip=0))))
             (kept,) = [c for c in made.callback_handler.callbacks if isinstance(c, KeepGradients)]
             found.append((made.metrics.read(), kept.found))
