@@ -57,6 +57,7 @@ SCHEDULES = (
     *("cosine_warmup_with_min_lr", "warmup_stable_decay"),
 )
 INTERVALS = ("no", "steps", "epoch")
+BASE_PRECISIONS = ("auto", "bf16", "8bit", "4bit", "fp8")
 REFERENCES = ("auto", "adapters_off", "copy", "model")
 METRICS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
@@ -188,9 +189,11 @@ class ModelConfig:
     load_in_4bit: bool = option(False, "Hold the frozen base in 4 bits (bitsandbytes): QLoRA.")
     base_precision: str | None = option(
         None,
-        "bf16, 8bit, 4bit: dtype or load_in_8bit/4bit in one word. auto: the first of them that "
-        "the plan finds room for. none: as those options say.",
-        ("auto", "bf16", "8bit", "4bit"),
+        "bf16, 8bit, 4bit: dtype or load_in_8bit/4bit in one word. fp8: bf16, then the linear "
+        "layers in 8-bit floats (Hopper or newer; emulated on a CPU), and the log says by how much "
+        "log-probs move. auto: the first of the first three that the plan finds room for. none: as "
+        "those options say.",
+        BASE_PRECISIONS,
     )
     bnb_4bit_quant_type: str = option("nf4", "Format of the 4 bits.", ("fp4", "nf4"))
     use_bnb_nested_quant: bool = option(False, "Quantize the 4-bit constants as well.")
@@ -243,7 +246,7 @@ class ModelConfig:
             self.take_precision(self.base_precision)
 
     def take_precision(self, precision: str) -> None:
-        """Sets the options that `precision`, "bf16", "8bit" or "4bit", stands for."""
+        """Sets the options that `precision`, "bf16", "8bit", "4bit" or "fp8", stands for."""
         self.base_precision, self.dtype = precision, "bfloat16"
         self.load_in_8bit, self.load_in_4bit = precision == "8bit", precision == "4bit"
 
@@ -424,11 +427,11 @@ class TrainingOptions:
         "attention's output. none: nothing.",
     )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
-    base_precision: str = option(
-        "as_loaded",
-        "fp8: the frozen linear layers under an adapter in 8-bit floats; needs Hopper or newer "
-        "(emulated on a CPU). The log says by how much log-probs move.",
-        ("as_loaded", "fp8"),
+    base_precision: str | None = option(
+        None,
+        "fp8: the frozen linear layers of the model in 8-bit floats. Another value: what the model "
+        "was loaded in.",
+        BASE_PRECISIONS,
     )
     compile: str = option(
         "off",

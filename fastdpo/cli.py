@@ -329,6 +329,7 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
     )
     if model.base_precision == AUTO:
         pairs = settle_precision(script, model, config)
+        config.base_precision = model.base_precision
         train_dataset = train_dataset if pairs is None else pairs
     policy = load_model(model, config)
     tokenizer = load_tokenizer(model)

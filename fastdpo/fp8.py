@@ -90,8 +90,24 @@ class Fp8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, e4m3"
 
 
-def check_can_use_fp8(model: nn.Module, device: torch.device) -> None:
-    """`ConfigError` or `ModelError` where the base can't be held in fp8."""
+def check_base_precision(model: nn.Module, precision: str | None, device: torch.device) -> None:
+    """`ConfigError` or `ModelError` unless the base of `model` is in `precision`, or can be turned
+    into it, which is done for fp8 alone."""
+    if precision == "fp8":
+        _check_can_use_fp8(model, device)
+    elif precision is not None:
+        base = base_model(model)
+        loaded = "bf16" if base.dtype == torch.bfloat16 else str(base.dtype).removeprefix("torch.")
+        if is_quantized(base):
+            loaded = "4bit" if getattr(base, "is_loaded_in_4bit", False) else "8bit"
+        if precision != loaded:
+            raise ConfigError(
+                f"'base_precision' is {precision!r}, and the model was loaded in {loaded}; load it "
+                "so, or leave base_precision out"
+            )
+
+
+def _check_can_use_fp8(model: nn.Module, device: torch.device) -> None:
     if not isinstance(model, PeftModel):
         raise ConfigError(
             "'base_precision' fp8 holds frozen weights, which only an adapter can train; add "

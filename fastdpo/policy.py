@@ -24,7 +24,7 @@ from .body import apply_liger, compile_layers, wants_compile
 from .checkpointing import checkpoint_activations, checkpoint_kwargs
 from .config import DPOConfig
 from .errors import ConfigError, ModelError
-from .fp8 import check_can_use_fp8
+from .fp8 import check_base_precision
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
 from .model import base_model, disable_dropout, is_quantized, keep_unpacked
 from .offload import OffloadActivations
@@ -118,8 +118,7 @@ def prepare_models(
         check_can_follow(reference, policy, args.ref_model_mixup_alpha)
     if args.use_liger_kernel:
         apply_liger(base_model(policy))
-    if args.base_precision == "fp8":
-        check_can_use_fp8(policy, args.device)
+    check_base_precision(policy, args.base_precision, args.device)
     packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
     if reference.model is not policy:
         _place(reference.model, args.device)

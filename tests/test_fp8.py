@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.fp8 import FP8, Fp8Linear, _scaled_product, check_can_use_fp8, quantize_rows
+from fastdpo.fp8 import FP8, Fp8Linear, _scaled_product, check_base_precision, quantize_rows
 
 from .tiny import tiny_llama, tiny_pairs
 
@@ -112,10 +112,15 @@ def test_what_cannot_be_in_fp8_is_refused(tmp_path, monkeypatch) -> None:
     dora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True)
     with pytest.raises(ConfigError, match="fp8 and use_dora"):
         DPOTrainer(tiny_llama(), args=config(tmp_path), train_dataset=pairs, peft_config=dora)
-    options = {"base_precision": "as_loaded"}
+    options: dict[str, Any] = {"base_precision": "4bit"}
+    with pytest.raises(ConfigError, match="'4bit', and the model was loaded in float32; load it"):
+        DPOTrainer(
+            tiny_llama(), args=config(tmp_path, **options), train_dataset=pairs, peft_config=LORA
+        )
+    options = {"base_precision": None}
     made = DPOTrainer(
         tiny_llama(), args=config(tmp_path, **options), train_dataset=pairs, peft_config=LORA
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ModelError, match="needs compute capability 9.0 .* this is 8.9"):
-        check_can_use_fp8(made.model, torch.device("cuda"))
+        check_base_precision(made.model, "fp8", torch.device("cuda"))
