@@ -147,6 +147,11 @@ class DPOTrainer:
         )
         self.model, self.packed_forward = models.policy, models.packed
         self._reference_name, self.router = models.reference.name, models.router
+        if self.router is not None and self.objective.has_kl:
+            raise ConfigError(
+                f"loss_type {self.args.loss_type[0]}: the router's loss would count mismatched "
+                "responses, which are not trained on; set router_aux_loss_coef: 0"
+            )
         self.compiled = models.compiled
         self.data_reports: dict[str, list[str]] = {}  # what became of each dataset's rows
         read = functools.partial(

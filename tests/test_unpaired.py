@@ -20,6 +20,7 @@ from fastdpo.data import TokenizedPairs, tokenize_pairs
 from fastdpo.data_pairs import mismatch_sources, unpaired, with_mismatches
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.losses import REGISTRY, PairLogps
+from tests.families import by_name
 from tests.test_parity_trl import LOGPS_ATOL, MOVE_RTOL, RTOL, SHARED, compare_weights, trainable
 from tests.test_trainer import LORA
 from tests.tiny import tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
@@ -198,7 +199,7 @@ def test_the_same_run_as_trl(tmp_path, case):
     assert moved > 1e-3 and weights < MOVE_RTOL * moved
 
 
-def train(tmp_path, rows=None, peft_config=None, resume=None, **options) -> DPOTrainer:
+def train(tmp_path, rows=None, peft_config=None, resume=None, model=None, **options) -> DPOTrainer:
     arguments: dict[str, Any] = {
         **SHARED,
         "output_dir": str(tmp_path),
@@ -209,7 +210,7 @@ def train(tmp_path, rows=None, peft_config=None, resume=None, **options) -> DPOT
         **options,
     }
     trainer = DPOTrainer(
-        model=tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=DPOConfig(**arguments),
         train_dataset=rows or rows_of("plain"),
         processing_class=tiny_tokenizer(),
@@ -439,6 +440,9 @@ def test_what_a_run_refuses(tmp_path):
     with pytest.raises(ConfigError, match="kto.*same step.*1 example"):
         train(tmp_path, per_device_train_batch_size=1)
     assert train(tmp_path / "a", loss_type="apo_zero_unpaired", per_device_train_batch_size=1)
+    experts = by_name("Mixtral").build()
+    with pytest.raises(ConfigError, match="kto.*mismatched.*router_aux_loss_coef: 0"):
+        train(tmp_path / "m", model=experts)
     with pytest.raises(DataError, match="is unpaired.*loss_type kto"):
         train(tmp_path / "b", loss_type="sigmoid")
     with pytest.raises(DataError, match="no column 'label'"):
