@@ -6,6 +6,7 @@ Nothing here decides how a model trains: see adapters.py, reference_logps.py and
 
 import hashlib
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -187,6 +188,47 @@ def keep_unpacked(model: nn.Module) -> None:
         if getattr(module, flag, False):
             setattr(module, flag, False)
             module.state_dict()  # which unpacks weights that are packed already
+
+
+def keep_activations(model: nn.Module) -> None:
+    """Makes bitsandbytes' 8-bit layers multiply activations as they are, by weights unpacked on the
+    way: 8 bits are then how weights are held, and no more.
+
+    Their own product rounds activations to 8 bits but for the columns in which any row of the
+    batch is large, so a token's numbers would depend on what it is packed with.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and "bitsandbytes" in type(module).__module__:
+            module.forward = types.MethodType(_unpacked_forward, module)
+
+
+def _unpacked_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    out = _UnpackedProduct.apply(x.to(dtype), layer)
+    assert isinstance(out, torch.Tensor)
+    return out if layer.bias is None else out + layer.bias.to(dtype)
+
+
+def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] of an 8-bit layer: each row its 8 bits times its scale / 127."""
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    packed = layer.weight if layer.weight.dtype == torch.int8 else layer.state.CB
+    return packed.to(dtype) * (scales / 127).to(dtype)[:, None]
+
+
+class _UnpackedProduct(torch.autograd.Function):
+    """x [..., in] times the unpacked weight's transpose; the weight is unpacked again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, _unpacked(layer, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ _unpacked(ctx.layer, grads[0].dtype), None
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -74,10 +74,10 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
     A tensor that several operations save is held once. Gradients are bitwise those without it.
     """
 
-    def __init__(self, model: nn.Module, *, least_bytes: int = LEAST_BYTES):
+    def __init__(self, model: nn.Module, *, least_bytes: int | None = None):
         device = next(p.device for p in model.parameters())
         self.device = device
-        self.least_bytes = least_bytes
+        self.least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
         self.weights = storages_of([*model.parameters(), *model.buffers()])
         self.host_bytes = 0  # held at most, over the passes so far
         self._now = 0

@@ -26,7 +26,7 @@ from .config import DPOConfig
 from .errors import ConfigError, ModelError
 from .fp8 import check_base_precision
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
-from .model import base_model, disable_dropout, is_quantized, keep_unpacked
+from .model import base_model, disable_dropout, is_quantized, keep_activations, keep_unpacked
 from .offload import OffloadActivations
 from .reference_cache import ReferenceCache
 from .reference_key import about_reference, describe_reference
@@ -189,6 +189,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
         model.to(device)
     if is_quantized(base):
         keep_unpacked(base)
+        keep_activations(base)
 
 
 def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:
