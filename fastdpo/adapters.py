@@ -72,11 +72,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"peft_config must be a peft.PeftConfig such as peft.LoraConfig, got "
             f"{type(peft_config).__name__}"
         )
-    if peft_config.is_prompt_learning:
-        raise ModelError(
-            f"{peft_config.peft_type} prepends virtual tokens, which packs with shared prompts "
-            "can't hold; use LoRA, DoRA or full fine-tuning"
-        )
+    refuse_prompt_learning(peft_config)
     if isinstance(peft_config, LoraConfig):
         _check_initialisation(peft_config)
         name_all_linear(model, peft_config)
@@ -84,6 +80,15 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         _check_targets(model, "lora_modules_to_save", peft_config.modules_to_save)
         _check_layers(model, peft_config)
     return get_peft_model(model, peft_config)
+
+
+def refuse_prompt_learning(peft_config: PeftConfig) -> None:
+    """Raises `ModelError` for an adapter that prepends virtual tokens."""
+    if peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{getattr(peft_config.peft_type, 'value', peft_config.peft_type)} prepends virtual "
+            "tokens, which packs with shared prompts can't hold; use LoRA, DoRA or full fine-tuning"
+        )
 
 
 def _check_initialisation(peft_config: LoraConfig) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .adapters import refuse_prompt_learning
 from .config import DPOConfig, ModelConfig
 from .errors import CheckpointError, ConfigError, MissingPackageError, ModelError, did_you_mean
 
@@ -118,6 +119,7 @@ def _load_adapter(name: str, device: torch.device, **kwargs: Any) -> PeftModel:
             f"{name!r} holds an adapter whose adapter_config.json names no base model; load base "
             "and adapter with peft.PeftModel.from_pretrained and pass the model itself"
         )
+    refuse_prompt_learning(PeftConfig.from_pretrained(name))
     base = load_pretrained(base_name, device, **kwargs)
     return PeftModel.from_pretrained(base, name, is_trainable=True)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastdpo_kernels.impls import why_not_triton
 
-from .adapters import add_adapter
+from .adapters import add_adapter, refuse_prompt_learning
 from .arguments import PLANNED
 from .batch import Pack
 from .body import apply_liger, compile_layers, wants_compile
@@ -95,6 +95,9 @@ def prepare_models(
                 "peft_config out to train the one it has, or merge it first (merge_and_unload)"
             )
         policy = add_adapter(policy, peft_config)
+    elif isinstance(policy, PeftModel):
+        for config in policy.peft_config.values():
+            refuse_prompt_learning(config)
     if is_quantized(base_model(policy)) and not isinstance(policy, PeftModel):
         raise ModelError("quantized weights can't be trained; pass peft_config (--use_peft)")
     _place(policy, args.device)

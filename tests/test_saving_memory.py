@@ -125,7 +125,7 @@ def test_bf16_gradients_of_several_packs_are_summed_in_fp32():
     w.grad = None
     w.sum().backward()
     accumulation.finish()
-    assert float(w.grad[0]) == 1.0  # one pack: autograd's own gradient
+    assert w.grad is not None and float(w.grad[0]) == 1.0  # one pack: autograd's own gradient
     accumulation.remove()
 
 
@@ -159,8 +159,8 @@ def test_the_optimizer_in_backward_takes_the_same_steps(tmp_path):
     left = []
 
     class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            left.extend(p for p in model.parameters() if p.grad is not None)
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            left.extend(p for p in kwargs["model"].parameters() if p.grad is not None)
 
     plain = trained(tmp_path, "a", weight_decay=0.1)
     trainer = DPOTrainer(
