@@ -15,7 +15,7 @@ from tests.kernels.linear_logps_cases import FLOATS, TRANSFORMS, peak_bytes
 from tests.numerics import Head, far_head, flat_head, negative_head, peaked_head, run
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def eager_alone(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the chunked way ran")
@@ -30,6 +30,7 @@ def check(head: Head, **transform) -> None:
     numerics.assert_stats_close(head, actual.stats, **transform)
 
 
+@pytest.mark.usefixtures("eager_alone")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("ignored", [0.0, 0.2])
@@ -44,11 +45,12 @@ def test_within_the_budgets(dtype, transform, ignored):
     "head",
     [
         flat_head(40, 32, 300),
-        far_head(40, 32, 300, gap=130),
+        far_head(40, 32, 300, gap=70),
+        far_head(40, 32, 300, gap=130),  # these two by the chunked way
         far_head(40, 32, 300, gap=3000),
         negative_head(40, 32, 300, level=3000),
     ],
-    ids=["flat", "far", "farther", "negative"],
+    ids=["flat", "far", "overflowing", "farther", "negative"],
 )
 def test_extremes(head):
     check(head)
@@ -111,19 +113,33 @@ def test_a_masked_vocabulary():
     torch.testing.assert_close(stats.entropy.double(), entropy, rtol=0, atol=1e-4)
 
 
-def test_only_tiny_problems_come_here():
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_bits_are_those_of_the_chunked_way(transform):
+    """So that what decides between the two, the size of a pack, does not show."""
+    for n in (7, 129, 700):
+        head = peaked_head(n, 33, 257, bias=True)
+        tensors, options = (head.hidden, head.weight, head.targets), {"bias": head.bias}
+        mine = linear_logps(*tensors, **options, **transform)
+        assert torch.equal(mine, linear_logps(*tensors, **options, **transform, impl="torch"))
+
+
+def test_only_tiny_problems_come_here(eager_alone):
     tiny = functools.partial(
         linear_logps_eager.is_tiny, rounded=torch.float32, joined=False, workspace_bytes=2**28
     )
 
     def sizes(n, d, v, dtype=torch.float32):
-        return torch.empty(n, d, device="meta"), torch.empty(v, d, device="meta", dtype=dtype)
+        return torch.empty(n, d), torch.empty(v, d, dtype=dtype)
 
-    assert tiny(*sizes(512, 32, 900)) and not tiny(*sizes(512, 32, 1100))  # 12 MiB of [N, V]
-    assert tiny(*sizes(1, 64, 128_000)) and not tiny(*sizes(1, 9000, 128_000))  # 2^30 products
-    assert not tiny(*sizes(1, 64, 128_000, torch.bfloat16))  # W would be copied
+    assert tiny(*sizes(512, 32, 4096)) and not tiny(*sizes(512, 32, 4097))
+    assert not tiny(*sizes(800, 32, 4096))  # 64 MiB
+    assert not tiny(*sizes(1, 4096, 4096, torch.bfloat16))  # W would be copied
     assert not linear_logps_eager.is_tiny(
         *sizes(512, 32, 900), torch.float32, joined=False, workspace_bytes=2**20
+    )
+    hidden, weight = (x.to("meta") for x in sizes(4, 8, 33))
+    assert not linear_logps_eager.is_tiny(
+        hidden, weight, torch.float32, joined=False, workspace_bytes=2**28
     )
     head = peaked_head(8, 16, 33)
     with pytest.raises(AssertionError, match="the chunked way ran"):
@@ -131,8 +147,9 @@ def test_only_tiny_problems_come_here():
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_it_takes_no_more_memory_than_it_says(transform):
+def test_it_takes_no_more_memory_than_it_says(transform, monkeypatch, eager_alone):
     n, d, v = 512, 64, 900
+    monkeypatch.setattr(linear_logps_eager, "LARGEST_BYTES", 12 * 2**20)
     head = peaked_head(n, d, v)
     head.hidden.requires_grad_()
     head.weight.requires_grad_()
@@ -141,11 +158,14 @@ def test_it_takes_no_more_memory_than_it_says(transform):
         logps, _ = linear_logps(head.hidden, head.weight, head.targets, stats=STATS, **transform)
         logps.sum().backward()
 
+    assert linear_logps_eager.is_tiny(
+        head.hidden, head.weight, torch.float32, joined=False, workspace_bytes=12 * 2**20
+    )
     results = n * d * 12 + v * d * 4 + 24 * 8 * n
     assert peak_bytes(step) <= linear_logps_eager.LARGEST_BYTES + results
 
 
-def test_the_call_chooses_it_once_for_all(monkeypatch):
+def test_the_call_chooses_it_once_for_all(monkeypatch, eager_alone):
     monkeypatch.setattr(linear_logps_call, "is_tiny", lambda *a, **k: False)
     head = peaked_head(8, 16, 33)
     with pytest.raises(AssertionError, match="the chunked way ran"):

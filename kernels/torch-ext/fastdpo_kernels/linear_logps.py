@@ -91,8 +91,8 @@ def linear_logps(
         softcap, scale, temperature: the transform above; `softcap` and `temperature` are positive.
         stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats`
             comes back too.
-        impl: "auto" chooses by device and logs it once (problems too small to divide, some 500,000
-            logits, are done at once); "torch" and "triton" run that or raise; "reference" is eager.
+        impl: "auto" chooses by device and logs it once (on a CPU, vocabularies up to 4096 are not
+            divided); "torch" and "triton" run that or raise; "reference" is eager.
         workspace_bytes: the bound on temporary memory; less makes smaller tiles, not another
             result in kind.
 

@@ -51,7 +51,7 @@ class Call:
         if self.impl == "auto" and tiny:
             joined, space = adapter is not None, self.workspace_bytes
             if is_tiny(hidden, weight, self.rounded, joined=joined, workspace_bytes=space):
-                log_choice("linear_logps", "eager", hidden.device, "few logits", self.rounded)
+                log_choice("linear_logps", "eager", hidden.device, "a small head", self.rounded)
                 return dataclasses.replace(self, impl="eager")
         impl = choose_impl("linear_logps", self.impl, hidden.device, self.rounded, weight.dtype)
         return dataclasses.replace(self, impl=impl)

@@ -30,7 +30,7 @@ from .linear_logps_torch_tiles import (
     views,
 )
 
-_OVERFLOW = math.exp(80.0)  # of s_o in the frame r = z_y: logp < -80, and exp is near its end
+OVERFLOW = math.exp(80.0)  # of s_o in the frame r = z_y: logp < -80, and exp is near its end
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def forward(
             some = slice(start, end)
             others = run(some, not fixed, None if kept is None else kept[some])
             # Not a number counts as overflow: the other frame shows whether it is the row's own.
-            overflow = ~(others < _OVERFLOW)
+            overflow = ~(others < OVERFLOW)
             if fixed and overflow.any():
                 again = start + overflow.nonzero().squeeze(1)
                 if kept is None:
