@@ -12,6 +12,7 @@ from fastdpo.logps import prepare_packed_forward
 from fastdpo.packing import build_pack, plan_packs
 from fastdpo.router_loss import make_router_loss, router_grad, router_loss, step_router_sums
 
+from . import test_distributed
 from .families import SHARED, V, by_name
 from .test_coverage import FP64, NoFloat32
 from .test_keystone import assert_close, gradients, mixed_pairs
@@ -175,3 +176,25 @@ def test_what_has_no_such_loss_is_refused(tmp_path, monkeypatch) -> None:
     model.num_experts_per_tok = 1  # the model's own formula, not the config's
     with pytest.raises(ModelError, match="MixtralForCausalLM computes an auxiliary loss of its"):
         make_router_loss(model, None)
+
+
+@pytest.mark.soak
+def test_two_ranks_train_as_one(tmp_path, monkeypatch) -> None:
+    """The means are over the pairs of all ranks, one of which has none in an epoch's last step."""
+    script = test_distributed.SCRIPT.replace(
+        "tiny_llama(dtype=torch.float64)", 'by_name("Mixtral").build(torch.float64)'
+    )
+    script = script.replace("tiny_pairs(9)", f"tiny_pairs(9, vocab_size={V})")
+    script = script.replace("report_to=", "router_aux_loss_coef=1.0, report_to=")
+    assert script.count("by_name") == script.count("router_aux") == 1
+    script = "from tests.families import by_name\n" + script
+    monkeypatch.setattr(test_distributed, "SCRIPT", script)
+    one = test_distributed.run(tmp_path / "one", ranks=1, batch=4)
+    two = test_distributed.run(tmp_path / "two", ranks=2, batch=2)
+    for name, weight in one["weights"].items():
+        # As in test_distributed.py: norms and routers compute in fp32.
+        assert (two["weights"][name] - weight).norm() <= 4e-6 * weight.norm(), name
+    for a, b in zip(one["log"], two["log"], strict=True):
+        for key in ("loss", "aux_loss"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-5), key
