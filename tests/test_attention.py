@@ -163,6 +163,29 @@ def test_flex_attentions_blocks_hold_what_is_seen(mode, window, monkeypatch) -> 
     assert tables[1].any() or window is not None
 
 
+def test_packs_share_flex_attentions_graphs(monkeypatch) -> None:
+    """Two windows and growing packs: one graph a window for the first, one for all other lengths.
+
+    A mask is a new closure for every pack; it must not compile anew for that.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, backend="eager")
+    monkeypatch.setattr(flex, "_function", lambda is_cuda: compiled)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for n in (6, 7, 8, 9):
+        pairs = tiny_pairs(n, seed=n, prompt_lengths=(40, 90), response_lengths=(20, 60))
+        pack = build_pack(pairs, range(n), mode="shared")
+        for window in (None, 30):
+            q, k, v = (x.detach() for x in some_qkv(pack.n_tokens, torch.float32, dim=16))
+            with torch.no_grad():
+                call("flex_attention", q, k, v, pack.layout, sliding_window=window)
+    assert graphs["unique_graphs"] - before == 4
+    torch._dynamo.reset()
+
+
 def test_masks_are_made_once_for_all_layers() -> None:
     layout, n_tokens = some_layout()
     q, k, v = some_qkv(n_tokens)
