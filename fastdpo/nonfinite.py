@@ -5,16 +5,27 @@ Where an optimizer can't be told on the device (it is not fused), the host decid
 costs nothing; on a GPU it waits once a step for `skip`, and leaves `stop` unguarded.
 """
 
+from __future__ import annotations
+
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .errors import ModelError
 from .runtime import sum_over_ranks
+from .steps import mean_chosen_length
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
+
+logger = logging.getLogger(__name__)
 
 MODES = ("stop", "skip")
 
@@ -161,3 +172,41 @@ def finite_or_none(value: torch.Tensor | None) -> float | None:
     """The number, if it is one."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
+
+
+def refuse_nonfinite(trainer: DPOTrainer) -> None:
+    """Says which step since the last call was not finite, if one was; `stop` ends the run."""
+    assert trainer.train_pairs is not None and trainer.optimizer is not None
+    bad = trainer.guard.read()
+    if bad is None:
+        return
+    stops = trainer.guard.mode == "stop"
+    kept = stops and trainer.guard.guards(trainer.optimizer)
+    kept = kept and not trainer.args.optimizer_in_backward  # the weights that met the bad step
+    text = describe(
+        bad,
+        trainer.train_pairs.rows,
+        functools.partial(gradient_is_finite, trainer) if kept else None,
+    )
+    if not stops:
+        logger.warning("%s; skipped, as %d steps so far", text, trainer.guard.n_bad)
+        return
+    raise ModelError(
+        f"{text}; look at that row, lower learning_rate or max_grad_norm, or set "
+        "on_nonfinite: skip to leave such steps out"
+    )
+
+
+def gradient_is_finite(trainer: DPOTrainer, pair_id: int) -> bool:
+    """Whether the gradient of one pair is finite, at the weights as they are."""
+    assert trainer.train_pairs is not None
+    for pack in trainer.packer.packs(trainer.train_pairs, np.array([pair_id])):
+        (reference,) = trainer.train_reference.token_logps([pack])
+        scored, output = trainer._score(pack, reference)
+        (loss,) = trainer.objective(
+            [scored], mean_chosen_length(trainer.train_pairs, pack.pair_ids), grad=True
+        )
+        output.token_logps.backward(loss.token_grad)
+    norm = grad_norm(trainer.trainable)
+    trainer.model.zero_grad(set_to_none=True)
+    return norm is None or bool(norm.isfinite())

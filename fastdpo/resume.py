@@ -5,6 +5,7 @@ How a checkpoint lies on disk is checkpoint.py's affair.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -15,12 +16,15 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoint as ckpt
+from . import saving
 from .errors import CheckpointError
+from .interrupts import Interrupted
 from .metrics import PackStats
 from .model import load_weights, model_identity
+from .nonfinite import refuse_nonfinite
 from .reference_sync import load_reference_state, reference_state
-from .run_folder import SAMPLES_FILE
-from .runtime import sum_over_ranks
+from .run_folder import SAMPLES_FILE, prepare_output_dir, tidy
+from .runtime import sum_over_ranks, wait_for_ranks
 from .samples import SamplesFile
 
 if TYPE_CHECKING:
@@ -124,3 +128,55 @@ def _stateful(trainer: DPOTrainer) -> Iterable[ExportableState]:
     """The callbacks that have a state of their own (early stopping's patience)."""
     found = trainer.callback_handler.callbacks
     return (callback for callback in found if isinstance(callback, ExportableState))
+
+
+def open_folder(trainer: DPOTrainer, asked: str | bool | None) -> list[Path]:
+    """Makes the folder ready; the checkpoints to resume from, the first choice first."""
+    if trainer.args.process_index == 0:
+        tidy(trainer.output_dir)
+    wait_for_ranks()
+    found = ckpt.candidates(trainer.output_dir, asked) if asked else []
+    if asked and not found:
+        logger.info("%s holds no checkpoint: the run begins from the start", trainer.output_dir)
+    if trainer.args.process_index == 0:
+        prepare_output_dir(
+            trainer.output_dir,
+            resuming=bool(found),
+            overwrite=trainer.args.overwrite_output_dir,
+            restarting=bool(asked),
+        )
+    return found
+
+
+def save(trainer: DPOTrainer) -> None:
+    """Writes a checkpoint of the step that is done, once, and rotates the older ones."""
+    folder = trainer.output_dir / f"checkpoint-{trainer.state.global_step}"
+    if trainer.state.best_global_step == trainer.state.global_step:
+        trainer.state.best_model_checkpoint = str(folder)
+    if trainer._saved_step == trainer.state.global_step:  # at a step's end, and again at the run's
+        return
+    trainer._saved_step = trainer.state.global_step
+    refuse_nonfinite(trainer)
+    state = take(trainer)
+    if trainer.state.is_world_process_zero:
+        save = functools.partial(saving.save_model, trainer.model, trainer.processing_class)
+        ckpt.save_checkpoint(folder, state, save)
+        best = trainer.state.best_model_checkpoint
+        limit = trainer.args.save_total_limit
+        ckpt.rotate(trainer.output_dir, limit, folder, Path(best) if best else None)
+    trainer.control = trainer._event("on_save")
+
+
+def end_if_asked(trainer: DPOTrainer, signal_number: int) -> None:
+    """Saves and raises `Interrupted` where a signal asked for it."""
+    if not signal_number:
+        return
+    save(trainer)
+    trainer.control = trainer._event("on_train_end")
+    way = "resume_from_checkpoint 'auto' goes on from there"
+    if trainer.args.save_only_model:
+        way = "save_only_model left out what a resume needs"
+    step = trainer.state.global_step
+    raise Interrupted(
+        signal_number, f"stopped after step {step}; {trainer.output_dir}/checkpoint-{step}: {way}"
+    )

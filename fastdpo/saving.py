@@ -22,7 +22,7 @@ from .model_card import Card
 from .run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from .trainer_interface import TrainerInterface
 
 
 def save_model(
@@ -46,7 +46,7 @@ def save_model(
 
 
 def card_of(
-    trainer: DPOTrainer, name: str, dataset: str | None = None, tags: Iterable[str] = ()
+    trainer: TrainerInterface, name: str, dataset: str | None = None, tags: Iterable[str] = ()
 ) -> Card:
     """The model card of a trainer's result, called `name`."""
     config = trainer.output_dir / CONFIG_FILE

@@ -18,7 +18,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -28,20 +27,18 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from . import checkpoint as ckpt
-from . import resume, saving
+from . import resume
 from .accumulate import make_gradients
 from .batch import Pack
 from .body import compiled_graphs
 from .config import DPOConfig
-from .data import TokenizedPairs
-from .errors import ConfigError, DataError, MissingPackageError, ModelError
-from .evaluation import evaluate_pairs, note_if_best
+from .errors import DataError
 from .first_step import check_first_step
 from .fp8 import use_fp8_base
-from .hub import check_can_push, push_folder
-from .interrupts import Interrupted, StopRequests
+from .hub import check_can_push
+from .interrupts import StopRequests
 from .logps import PackedOutput
-from .metrics import TOKEN_STATS, PackStats, PreferenceMetrics
+from .metrics import TOKEN_STATS
 from .model import (
     base_model,
     load_by_name,
@@ -49,15 +46,12 @@ from .model import (
     load_pretrained_tokenizer,
     load_weights,
 )
-from .model_card import write_card
-from .nonfinite import FiniteGuard, describe, finite_or_none, grad_norm
+from .nonfinite import FiniteGuard, finite_or_none, grad_norm, refuse_nonfinite
 from .objective import Objective, PackLoss, ScoredPack
 from .optim import make_optimizer, make_scheduler
 from .plan_run import settle, start_over
 from .policy import prepare_models, save_memory
-from .precompute import Precomputation
-from .reference_cache import ReferenceCache
-from .reference_logps import LiveReference, Reference, evaluating
+from .reference_logps import evaluating
 from .reference_sync import follow
 from .report import plot_curves
 from .router_loss import router_grad, router_loss, step_router_sums
@@ -67,20 +61,18 @@ from .run_folder import (
     CURVES_FILE,
     DATA_REPORT_FILE,
     METRICS_FILE,
-    SAMPLES_FILE,
-    prepare_output_dir,
-    tidy,
     write_json,
 )
 from .run_log import MetricsFile, RunLog
-from .runtime import make_deterministic, sum_gradients_over_ranks, wait_for_ranks
-from .samples import SamplesFile, sample_prompts
-from .steps import Packer, StepPacks, StepPlan, mean_chosen_length
+from .runtime import make_deterministic, sum_gradients_over_ranks
+from .samples import sample_prompts
+from .steps import Packer, StepPacks, StepPlan
+from .trainer_interface import TrainerInterface, tracker_callbacks
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer:
+class DPOTrainer(TrainerInterface):
     """Trains `model` on preference pairs with DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
     Args:
@@ -199,7 +191,7 @@ class DPOTrainer:
         self.callback_handler = CallbackHandler(
             [
                 DefaultFlowCallback,
-                *_tracker_callbacks(self.args.report_to),
+                *tracker_callbacks(self.args.report_to),
                 *(callbacks or []),
             ],
             self.model,
@@ -236,7 +228,8 @@ class DPOTrainer:
     def _train_step(self, step: StepPacks) -> None:
         """Gradients of one step, summed over its packs and ranks, clipped, and applied."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        sums = self.metrics.sums.clone()
+        skips = self.guard.mode == "skip"
+        sums = self.metrics.sums.clone() if skips else self.metrics.sums
         references = self.train_reference.token_logps(step.packs)  # no graph
         self.gradients.begin(len(step.packs))
         needs_whole_step = self.objective.needs_whole_step or self.router is not None
@@ -256,7 +249,7 @@ class DPOTrainer:
         else:
             self._grad_norm = grad_norm(self.trainable)
         held = self.guard.judge(self.state.global_step + 1, self._grad_norm)
-        if self.guard.mode == "skip":  # else its numbers are never read
+        if skips:  # else its numbers are never read
             self.metrics.sums = torch.where(held > 0, sums, self.metrics.sums)
         self.control = self._event("on_pre_optimizer_step")
         self.before_first_step = None  # from here on no step can be taken back
@@ -326,37 +319,6 @@ class DPOTrainer:
         self.metrics.add(loss, scored.pack, scored.stats)
         self.guard.note(scored.pack.pair_ids, loss.losses)
 
-    def _refuse_nonfinite(self) -> None:
-        """Says which step since the last call was not finite, if one was; `stop` ends the run."""
-        assert self.train_pairs is not None and self.optimizer is not None
-        bad = self.guard.read()
-        if bad is None:
-            return
-        stops = self.guard.mode == "stop"
-        kept = stops and self.guard.guards(self.optimizer)  # the weights that met the bad step
-        text = describe(bad, self.train_pairs.rows, self._finite_alone if kept else None)
-        if not stops:
-            logger.warning("%s; skipped, as %d steps so far", text, self.guard.n_bad)
-            return
-        raise ModelError(
-            f"{text}; look at that row, lower learning_rate or max_grad_norm, or set "
-            "on_nonfinite: skip to leave such steps out"
-        )
-
-    def _finite_alone(self, pair_id: int) -> bool:
-        """Whether the gradient of one pair is finite, at the weights as they are."""
-        assert self.train_pairs is not None
-        for pack in self.packer.packs(self.train_pairs, np.array([pair_id])):
-            (reference,) = self.train_reference.token_logps([pack])
-            scored, output = self._score(pack, reference)
-            (loss,) = self.objective(
-                [scored], mean_chosen_length(self.train_pairs, pack.pair_ids), grad=True
-            )
-            output.token_logps.backward(loss.token_grad)
-        norm = grad_norm(self.trainable)
-        self.model.zero_grad(set_to_none=True)
-        return norm is None or bool(norm.isfinite())
-
     # ---- the loop ---------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
@@ -383,7 +345,7 @@ class DPOTrainer:
         self.callback_handler.lr_scheduler = self.lr_scheduler
         # Whatever could be refused has been by now: only then may an earlier run be cleared away.
         self.gradients = make_gradients(self.optimizer, args, self.plan)
-        found = self._open_output_dir(resume_from_checkpoint or args.resume_from_checkpoint)
+        found = resume.open_folder(self, resume_from_checkpoint or args.resume_from_checkpoint)
         self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         if found and self.run_plan is not None:
             self.packer = self.plan.packer = self.run_plan.packer_of(self.output_dir, self.packer)
@@ -459,7 +421,7 @@ class DPOTrainer:
                 self.control = self._event("on_epoch_end")
             logs = self.control.should_log
             self._log_evaluate_save()
-            self._end_if_asked(self.stop_requests.to_obey(self.device, agree=logs))
+            resume.end_if_asked(self, self.stop_requests.to_obey(self.device, agree=logs))
             if not is_last and self._stops:  # an evaluation said so
                 self.control = self._event("on_epoch_end")
                 self._log_evaluate_save()
@@ -493,7 +455,7 @@ class DPOTrainer:
         if self.args.save_strategy == SaveStrategy.BEST:
             self.control.should_save = metrics is not None and self._is_best
         if self.control.should_save:
-            self._save_checkpoint()
+            resume.save(self)
         self.run_log.throughput.pause(time.perf_counter() - began)
 
     def _finish(self, seconds: float) -> TrainOutput:
@@ -518,7 +480,7 @@ class DPOTrainer:
 
     def _log_training(self) -> None:
         """Reads the device sums (the only host synchronisation), logs them, starts anew."""
-        self._refuse_nonfinite()
+        refuse_nonfinite(self)
         means = self.metrics.read()
         if not means:
             return
@@ -534,230 +496,3 @@ class DPOTrainer:
         self.metrics.reset()
         self.run_log.show(logs)
         self.log(logs)
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Adds `logs` to `state.log_history` and `metrics.jsonl` and hands them to callbacks."""
-        logs = {**logs, "epoch": self.state.epoch}
-        record = {**logs, "step": self.state.global_step}
-        self.state.log_history.append(record)
-        if self.metrics_file is not None and self.state.is_world_process_zero:
-            self.metrics_file.append(record)
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-
-    # ---- evaluation -------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Loss and rewards on `eval_dataset`, by default on those given at construction.
-
-        Returns and logs TRL's names with the prefix: `eval_loss`, `eval_rewards/accuracies`, …;
-        for a dict of datasets `eval_NAME_loss`, …. A name of one given at construction stands for
-        it. `ignore_keys`, of transformers' Trainer, names outputs of the model to leave out, which
-        are never gathered here: refused unless empty.
-        """
-        if ignore_keys:
-            raise ConfigError(
-                f"evaluate() gathers no outputs of the model, so ignore_keys {ignore_keys} would "
-                "do nothing; leave it out"
-            )
-        if isinstance(eval_dataset, str):
-            return self._evaluate_named(eval_dataset, metric_key_prefix)
-        if eval_dataset is None:
-            if not self.eval_pairs:
-                raise DataError("evaluate() needs an eval_dataset, here or at construction")
-            sets, references = self.eval_pairs, self.eval_references
-        else:
-            read = functools.partial(
-                tokenized,
-                objective=self.objective,
-                tokenizer=self.processing_class,
-            )
-            sets = {
-                key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
-            }
-            references = {
-                key: self.references.of(pairs, key or "eval") for key, pairs in sets.items()
-            }
-        return self._evaluate_sets(sets, references, metric_key_prefix)
-
-    def _evaluate_named(self, name: str, prefix: str) -> dict[str, float]:
-        if name not in self.eval_pairs:
-            raise DataError(
-                f"no evaluation set is called {name!r}; there are "
-                f"{', '.join(map(repr, self.eval_pairs)) or 'none'}"
-            )
-        return self._evaluate_sets(
-            {name: self.eval_pairs[name]}, {name: self.eval_references[name]}, prefix
-        )
-
-    def _evaluate_sets(
-        self, sets: dict[str, TokenizedPairs], references: dict[str, Reference], prefix: str
-    ) -> dict[str, float]:
-        logs: dict[str, float] = {}
-        with evaluating(self.model):
-            for key, pairs in sets.items():
-                logs |= evaluate_pairs(
-                    pairs,
-                    references[key],
-                    self._score,
-                    objective=self.objective,
-                    metrics=self._new_metrics(),
-                    packer=self.packer,
-                    args=self.args,
-                    prefix=f"{prefix}_{key}" if key else prefix,
-                )
-        self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
-
-    def _new_metrics(self, router: bool = False) -> PreferenceMetrics:
-        return PreferenceMetrics(
-            self.device,
-            token_stats=self.args.log_token_stats,
-            unpaired=self.objective.unpaired,
-            router=router,
-        )
-
-    def _evaluate_and_track(self) -> dict[str, float]:
-        """Evaluates during training and remembers the best metric."""
-        if not self.eval_pairs:
-            raise ConfigError(
-                "eval_strategy asks for evaluation and there is no eval_dataset; pass one, or set "
-                "eval_strategy='no'"
-            )
-        metrics = self.evaluate()
-        self._is_best = note_if_best(metrics, self.state, self.args)
-        if self.samples is not None and self.state.is_world_process_zero:
-            assert self.processing_class is not None
-            with self._forward.autocast():
-                answers = self.samples.answer(self.model, self.processing_class, self.device)
-            SamplesFile(self.output_dir / SAMPLES_FILE).append(self.state.global_step, answers)
-        return metrics
-
-    # ---- checkpoints ------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Saves the adapter (PEFT's format) or the model (transformers'), and the tokenizer."""
-        if not self.state.is_world_process_zero:
-            return
-        folder = Path(output_dir or self.output_dir)
-        saving.save_model(self.model, self.processing_class, folder)
-        write_card(folder, saving.card_of(self, folder.name))
-        if self.args.push_to_hub and output_dir is None:
-            self.push_to_hub("Model save")
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Writes `README.md` into `output_dir`; TRL's name and arguments."""
-        name = model_name or self.output_dir.name
-        tags = [tags] if isinstance(tags, str) else tags or []
-        if self.state.is_world_process_zero:
-            write_card(self.output_dir, saving.card_of(self, name, dataset_name, tags))
-
-    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
-        """Uploads the saved result in `output_dir` as `hub_model_id`; returns its address."""
-        if not self.state.is_world_process_zero:
-            return None
-        return push_folder(
-            self.output_dir,
-            self.args.hub_model_id or self.output_dir.name,
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
-            message=commit_message,
-        )
-
-    def _open_output_dir(self, asked: str | bool | None) -> list[Path]:
-        """Makes the folder ready; the checkpoints to resume from, the first choice first."""
-        if self.args.process_index == 0:
-            tidy(self.output_dir)
-        wait_for_ranks()
-        found = ckpt.candidates(self.output_dir, asked) if asked else []
-        if asked and not found:
-            logger.info("%s holds no checkpoint: the run begins from the start", self.output_dir)
-        if self.args.process_index == 0:
-            prepare_output_dir(
-                self.output_dir,
-                resuming=bool(found),
-                overwrite=self.args.overwrite_output_dir,
-                restarting=bool(asked),
-            )
-        return found
-
-    def _save_checkpoint(self) -> None:
-        folder = self.output_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(folder)
-        if self._saved_step == self.state.global_step:  # at a step's end, and again at the run's
-            return
-        self._saved_step = self.state.global_step
-        self._refuse_nonfinite()
-        state = resume.take(self)
-        if self.state.is_world_process_zero:
-            save = functools.partial(saving.save_model, self.model, self.processing_class)
-            ckpt.save_checkpoint(folder, state, save)
-            best = self.state.best_model_checkpoint
-            limit = self.args.save_total_limit
-            ckpt.rotate(self.output_dir, limit, folder, Path(best) if best else None)
-        self.control = self._event("on_save")
-
-    def _end_if_asked(self, signal_number: int) -> None:
-        """Saves and raises `Interrupted` where a signal asked for it."""
-        if not signal_number:
-            return
-        self._save_checkpoint()
-        self.control = self._event("on_train_end")
-        way = "resume_from_checkpoint 'auto' goes on from there"
-        if self.args.save_only_model:
-            way = "save_only_model left out what a resume needs"
-        step = self.state.global_step
-        raise Interrupted(
-            signal_number, f"stopped after step {step}; {self.output_dir}/checkpoint-{step}: {way}"
-        )
-
-    # ---- small things -----------------------------------------------------------------------
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Adds a transformers `TrainerCallback`."""
-        self.callback_handler.add_callback(callback)
-
-    @property
-    def pack_stats(self) -> PackStats:
-        """What the packs of the run so far held, on this rank."""
-        return self.run_log.packs
-
-    @property
-    def live_reference(self) -> LiveReference | None:
-        """The reference that answers for any pack; None where its model was let go."""
-        return self.references.live
-
-    @property
-    def reference_cache(self) -> ReferenceCache | None:
-        """Where reference log-probs are kept between runs, if anywhere."""
-        return self.references.cache
-
-    @property
-    def precomputations(self) -> dict[str, Precomputation]:
-        """What was computed of the reference beforehand, by dataset."""
-        return self.references.precomputations
-
-    def _event(self, name: str) -> TrainerControl:
-        return getattr(self.callback_handler, name)(self.args, self.state, self.control)
-
-
-def _tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
-    try:
-        return [made() for made in get_reporting_integration_callbacks(report_to)]
-    except (ImportError, RuntimeError) as error:
-        raise MissingPackageError(
-            f"report_to {', '.join(report_to)}: {' '.join(str(error).split())} "
-            "pip install 'fastdpo[trackers]' brings the trackers"
-        ) from error
