@@ -32,7 +32,7 @@ from .accumulate import make_gradients
 from .batch import Pack
 from .body import compiled_graphs
 from .config import DPOConfig
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .first_step import check_first_step
 from .fp8 import use_fp8_base
 from .hub import check_can_push
