@@ -37,6 +37,9 @@ class Fp32Accumulation:
         self.is_on = False
         self._hooks = [p.register_post_accumulate_grad_hook(self._add) for p in self.sums]
 
+    def __enter__(self) -> Fp32Accumulation:
+        return self
+
     def begin(self, n_packs: int) -> None:
         self.is_on = n_packs > 1
 
@@ -62,7 +65,7 @@ class Fp32Accumulation:
         for parameter in self.sums:
             self.sums[parameter] = None
 
-    def remove(self) -> None:
+    def __exit__(self, *error: Any) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -79,6 +82,9 @@ class StepInBackward:
         groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         self._group = dict(groups)
         self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p, _ in groups]
+
+    def __enter__(self) -> StepInBackward:
+        return self
 
     def begin(self, n_packs: int) -> None:
         assert n_packs <= 1, n_packs  # make_gradients has looked
@@ -102,7 +108,7 @@ class StepInBackward:
             self.optimizer.param_groups = groups
         parameter.grad = None
 
-    def remove(self) -> None:
+    def __exit__(self, *error: Any) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -110,7 +116,7 @@ class StepInBackward:
 def make_gradients(
     optimizer: torch.optim.Optimizer, args: DPOConfig, plan: StepPlan
 ) -> Fp32Accumulation | StepInBackward:
-    """What handles the gradients of `optimizer`'s parameters; call `remove` when done.
+    """What handles the gradients of `optimizer`'s parameters; a context, as long as it does.
 
     Raises `ConfigError` where `optimizer_in_backward` meets what needs all gradients at once:
     clipping, skipping non-finite steps, several ranks, or a step of several packs in any epoch.

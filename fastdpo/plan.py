@@ -17,7 +17,7 @@ import torch
 from .batch import Pack
 from .data import TokenizedPairs
 from .packing import longest_pair, pair_costs, step_pair_ids
-from .plan_device import GIB, Device, step_seconds
+from .plan_device import CUDA_CONTEXT, Device, step_seconds
 from .plan_replay import StepMemory, StepSettings, TwinSpec, build_twin, replay, weight_bytes
 from .plan_tracker import ACTIVATIONS, GRADIENTS, WORKSPACE
 from .steps import Packer
@@ -26,7 +26,6 @@ WEIGHTS, ADAPTERS, STATES, REFERENCE = "weights", "adapters", "optimizer states"
 KINDS = (WEIGHTS, ADAPTERS, GRADIENTS, STATES, REFERENCE, *ACTIVATIONS, WORKSPACE)
 ALLOWANCE = "fragmentation allowance"
 
-CUDA_CONTEXT = GIB // 2  # the context and the libraries' code
 FRAGMENTATION = 0.05  # of what is not weights: blocks that are free but of no use
 CUBLAS_WORKSPACE = 32 * 2**20
 

@@ -14,6 +14,7 @@ import torch
 from .errors import ConfigError, did_you_mean
 
 GIB = 2**30
+CUDA_CONTEXT = GIB // 2  # the context and the libraries' code
 HOST_BYTES_PER_SECOND = 25e9  # PCIe 4.0 x16, as it is reached
 
 
@@ -65,7 +66,7 @@ def _plain(name: str) -> str:
 
 
 def present_device(device: torch.device) -> Device:
-    """The machine at hand: for a GPU what it says of itself, and the rates of the table."""
+    """The machine at hand: for a GPU the memory that is free or ours, and the table's rates."""
     if device.type != "cuda":
         return Device("this CPU", False)
     properties = torch.cuda.get_device_properties(device)
@@ -75,7 +76,9 @@ def present_device(device: torch.device) -> Device:
         if all(word in _plain(name) for word in map(_plain, known.split())):
             rates = (teraflops * 1e12, bandwidth * 1e9)
             break
-    return Device(name, True, properties.total_memory, *rates)
+    free, total = torch.cuda.mem_get_info(device)  # others may be on it
+    ours = torch.cuda.memory_reserved(device) + CUDA_CONTEXT
+    return Device(name, True, min(total, free + ours), *rates)
 
 
 def show_bytes(size: int) -> str:

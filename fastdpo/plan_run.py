@@ -197,8 +197,8 @@ class RunPlan:
 
     # ---- the measured peak --------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, args: DPOConfig) -> None:
-        """Starts measuring, before the first step."""
+    def measuring(self, model: nn.Module, args: DPOConfig) -> contextlib.ExitStack:
+        """A context for the run's steps, in which the peak of the first few is measured."""
         self._steps = 0
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
@@ -206,6 +206,7 @@ class RunPlan:
             from .plan_replay import measured
 
             self._tracker = self._tracking.enter_context(measured(model))
+        return self._tracking
 
     def after_step(self, trainer: DPOTrainer) -> None:
         """Counts a step; after the first few, compares, and says so in one line."""

@@ -5,6 +5,7 @@ by their number, however it was packed. Tokenising, packing, the forward, the lo
 checkpoints are each in a module of their own.
 """
 
+import contextlib
 import functools
 import logging
 import time
@@ -372,20 +373,19 @@ class DPOTrainer(TrainerInterface):
         self.run_log.throughput.reset()
         # What a first step that runs out of memory takes back: see start_over.
         self.before_first_step = self.metrics.sums.clone(), ckpt.rng_state()
-        if self.run_plan is not None:
-            self.run_plan.begin(self.model, args)
+        plan = self.run_plan
+        measuring = plan.measuring(self.model, args) if plan else contextlib.nullcontext()
         progress = tqdm(
             total=self.state.max_steps,
             initial=self.state.global_step,
             unit="step",
             disable=args.disable_tqdm or not self.state.is_local_process_zero,
         )
-        with progress as self.run_log.bar, self.stop_requests:
+        with progress as self.run_log.bar, self.stop_requests, self.gradients, measuring:
             while self.state.global_step < self.state.max_steps:
                 self._train_epoch()
                 if self.control.should_training_stop or self.place[0] == self.plan.n_epochs:
                     break
-        self.gradients.remove()
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
             load_weights(self.model, Path(self.state.best_model_checkpoint))
         return self._finish(time.perf_counter() - started)

@@ -365,3 +365,45 @@ def test_out_of_memory_on_the_longest_pair_alone_names_its_row(tmp_path):
     _, tokens = longest_pair(pairs, "shared")
     with pytest.raises(ModelError, match=rf"row \d+ alone takes {tokens}: lower max_length"):
         trained(tmp_path, "a", out_of_memory_at=1, max_tokens_per_pack=tokens)
+
+
+def test_a_resumed_run_keeps_the_packs_that_it_had(tmp_path):
+    """Where they were the plan's choice, or made smaller: its steps are then the same ones."""
+
+    def made(**options: Any) -> DPOTrainer:
+        args = config(tmp_path, max_tokens_per_pack="auto", gpu_memory="1GiB", **options)
+        return DPOTrainer(model=tiny_llama(), args=args, train_dataset=tiny_pairs(24))
+
+    first = made(save_strategy="steps", save_steps=1)
+    first.train()
+    path = tmp_path / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    assert plan["chosen"]["max_tokens_per_pack"] != 150
+    path.write_text(json.dumps({**plan, "repacked_to": [200, 150]}))
+    second = made(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    second.train()
+    assert second.packer.max_tokens == second.plan.packer.max_tokens == 150
+
+
+def test_auto_without_a_budget_is_the_usual_value(tmp_path):
+    names = ("gradient_checkpointing", "activation_offloading", "optim", "logps_workspace_bytes")
+    given = config(tmp_path, **dict.fromkeys((*names, "max_tokens_per_pack"), "auto"))
+    assert DPOConfig(**given.to_dict()).to_dict() == given.to_dict()
+    trainer = DPOTrainer(model=tiny_llama(), args=given, train_dataset=tiny_pairs(24))
+    assert trainer.run_plan is None and given.optim == "auto"  # the caller's own is left alone
+    assert [getattr(trainer.args, name) for name in names] == [
+        *(True, False, "adamw_torch_fused", 2**28)
+    ]
+    assert trainer.args.max_tokens_per_pack == trainer.packer.max_tokens == 8192
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    "value, settled", [("full", True), ("none", False), ("selective", "selective"), (True, True)]
+)
+def test_checkpointing_has_words(tmp_path, value, settled):
+    made = config(tmp_path, gradient_checkpointing=value)
+    assert made.gradient_checkpointing == settled
+    assert DPOConfig(**made.to_dict()).gradient_checkpointing == settled
+    with pytest.raises(ConfigError, match="auto or none or selective or full.*did you mean"):
+        config(tmp_path, gradient_checkpointing="selectiv")

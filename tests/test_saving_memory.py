@@ -126,7 +126,6 @@ def test_bf16_gradients_of_several_packs_are_summed_in_fp32():
     w.sum().backward()
     accumulation.finish()
     assert w.grad is not None and float(w.grad[0]) == 1.0  # one pack: autograd's own gradient
-    accumulation.remove()
 
 
 def config(tmp_path, name: str, **options) -> DPOConfig:
@@ -202,15 +201,14 @@ def test_stepping_in_backward_leaves_the_groups_as_they_were():
     groups: Any = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}]
     optimizer = torch.optim.SGD(groups)
     before = [p.detach().clone() for p in model.parameters()]
-    in_backward = StepInBackward(optimizer)
-    model(torch.ones(1, 3)).sum().backward()
+    with StepInBackward(optimizer):
+        model(torch.ones(1, 3)).sum().backward()
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
     moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
     assert torch.equal(moved[0], torch.full((3, 3), 0.5)) or torch.allclose(
         moved[0], torch.tensor(0.5)
     )
     assert torch.allclose(moved[1], torch.tensor(0.25))
-    in_backward.remove()
 
 
 def test_runs_under_offload_and_selective_checkpointing_equal_the_plain_run(tmp_path, monkeypatch):
