@@ -19,6 +19,7 @@ import yaml
 
 from . import __version__
 from .arguments import (
+    ADAPTER_OPTIONS,
     AUTO,
     HELP_PARTS,
     ModelConfig,
@@ -198,7 +199,7 @@ def build_configs(
     for name in values:
         _known_option(name)
     script = ScriptArguments(**_part(values, ScriptArguments))
-    model = ModelConfig(**_part(values, ModelConfig))
+    model = ModelConfig(**_without_adapter(_part(values, ModelConfig)))
     elsewhere = {**describe(ScriptArguments), **describe(ModelConfig)}
     shared = describe(TrainingOptions)
     rest = {k: v for k, v in values.items() if k in shared or k not in elsewhere}
@@ -213,6 +214,13 @@ def build_configs(
     from .config import DPOConfig
 
     return script, model, DPOConfig(**rest)
+
+
+def _without_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """Without a file's adapter options where `use_peft` is said to be false: it switches them."""
+    if "use_peft" not in values or ModelConfig(use_peft=values["use_peft"]).use_peft:
+        return values
+    return {name: value for name, value in values.items() if name not in ADAPTER_OPTIONS}
 
 
 def _part(values: dict[str, Any], cls: type) -> dict[str, Any]:

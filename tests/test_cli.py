@@ -84,11 +84,15 @@ def test_refused_words(words, match):
 def test_options_reach_every_config_that_has_them():
     named = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu")
     script, model, config = cli.build_configs(
-        parse(*named, "--attn_implementation", "sdpa", "--lora_r", "4", "--fp16", "false")
+        parse(*named, "--attn_implementation", "sdpa", "--use_peft", "--lora_r", "4")
     )
     assert script.dataset_name == "d" and model.lora_r == 4
     assert model.attn_implementation == config.attn_implementation == "sdpa"
+    cli.build_configs(parse(*named, "--fp16", "false"))
+    off = ("--lora_r", "4", "--use_peft", "false")  # the switch of a file that has adapter options
+    assert not cli.build_configs(parse(*named, *off))[1].use_peft
     for words, match in (
+        (("--lora_r", "4"), "'lora_r' has no effect without 'use_peft'"),
         (("--beta", "-1"), "'beta' expects a number > 0"),
         (("--fsdp", "full_shard"), "'fsdp'.*not supported"),
         (("--padding_free",), "'padding_free'.*not supported"),

@@ -78,7 +78,11 @@ def test_the_core_never_imports_the_edge():
         names = imports(path, lazy=True)
         edge = [n for n in names if n.startswith(("fastdpo.integrations", "tests", "benchmarks"))]
         assert not edge, f"{path.name} imports {edge}"
-        assert not any(n.split(".")[0] in ("trl", "liger_kernel") for n in names), path.name
+        peers = {"trl", "liger_kernel"}.intersection(n.split(".")[0] for n in names)
+        if path.name == "body.py":  # takes liger's layers, in the function that was asked to
+            assert "liger_kernel" not in {n.split(".")[0] for n in imports(path, lazy=False)}
+            peers -= {"liger_kernel"}
+        assert not peers, path.name
 
 
 def test_light_modules_import_nothing_heavy():
