@@ -394,6 +394,7 @@ def _summary(output_dir: Path, steps: int, metrics: dict[str, float]) -> list[st
         (CONFIG_FILE, "every option, as the run had it"),
         (METRICS_FILE, "the log, one JSON object a line"),
         (CURVES_FILE, "loss, margin and accuracy as a picture"),
+        ("plan.json", "memory as it was predicted and measured"),
     ):
         if (output_dir / name).exists():
             lines.append(f"  {output_dir / name}  {what}")

@@ -19,11 +19,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .accumulate import Fp32Accumulation
@@ -31,7 +27,7 @@ from .adapters import name_all_linear
 from .attention import register_backend, registered_name
 from .batch import Pack
 from .checkpointing import checkpoint_activations
-from .errors import ModelError
+from .errors import FastDPOError, ModelError
 from .logps import decoder_output, output_head
 from .model import base_model, disable_dropout
 from .offload import IN_FLIGHT, LEAST_BYTES, storages_of, takes
@@ -116,9 +112,9 @@ def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel |
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=spec.dtype)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # foreign code again
         raise ModelError(
-            f"no plan for a {config.model_type!r} model: {str(error).strip().splitlines()[0]}"
+            f"no plan for a {config.model_type!r} model: {_first_line(error)}"
         ) from error
     if spec.bits is not None:
         _quantize(model, spec.bits, spec.nested)
@@ -131,6 +127,10 @@ def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel |
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in spec.trainable)
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _shorten(config: PretrainedConfig, n_layers: int) -> None:
@@ -267,10 +267,12 @@ def _run(
             tracker.mark("backward begins")
             forward_flops = tracker.flops
             logps.backward(torch.empty_like(logps))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except FastDPOError:
+        raise
+    except Exception as error:  # foreign code: whatever it raises, it can't run without numbers
         raise ModelError(
-            f"no plan for {type(base).__name__}: its forward decides by what it computes "
-            f"({str(error).strip().splitlines()[0]})"
+            f"no plan for {type(base).__name__}, whose forward or backward can't run on tensors "
+            f"without numbers ({type(error).__name__}: {_first_line(error)})"
         ) from error
     finally:
         unlabel()

@@ -407,3 +407,26 @@ def test_checkpointing_has_words(tmp_path, value, settled):
     assert DPOConfig(**made.to_dict()).gradient_checkpointing == settled
     with pytest.raises(ConfigError, match="auto or none or selective or full.*did you mean"):
         config(tmp_path, gradient_checkpointing="selectiv")
+
+
+def test_a_model_that_can_not_be_replayed_is_trained_all_the_same(tmp_path, monkeypatch, caplog):
+    """On a GPU, where a plan is made unasked; where a budget was asked for, it is an error."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a router that reads numbers")
+
+    gpu = Device("a GPU", True, 2**40)
+    monkeypatch.setattr("fastdpo.plan_run.present_device", lambda device: gpu)
+    monkeypatch.setattr("fastdpo.plan_replay.decoder_output", fails)
+    options: Any = {"max_tokens_per_pack": "auto"}
+    trainer = DPOTrainer(
+        model=tiny_llama(), args=config(tmp_path, **options), train_dataset=tiny_pairs(24)
+    )
+    assert trainer.run_plan is None and trainer.args.max_tokens_per_pack == 8192
+    assert "no plan for LlamaForCausalLM" in caplog.text and "a router that reads" in caplog.text
+    with pytest.raises(ModelError, match="no plan for LlamaForCausalLM"):
+        DPOTrainer(
+            model=tiny_llama(),
+            args=config(tmp_path, gpu_memory="1GiB", **options),
+            train_dataset=tiny_pairs(24),
+        )
