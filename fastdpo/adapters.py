@@ -79,7 +79,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         _check_targets(model, "lora_target_modules", peft_config.target_modules)
         _check_targets(model, "lora_modules_to_save", peft_config.modules_to_save)
         _check_layers(model, peft_config)
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"PEFT can't add the adapter: {' '.join(str(error).split())}") from error
 
 
 def refuse_prompt_learning(peft_config: PeftConfig) -> None:

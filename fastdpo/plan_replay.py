@@ -121,8 +121,11 @@ def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel |
     if spec.peft_config is not None:
         adapter = copy.deepcopy(spec.peft_config)
         name_all_linear(model, adapter)
-        with torch.device("meta"):
-            model = get_peft_model(model, adapter)
+        try:
+            with torch.device("meta"):
+                model = get_peft_model(model, adapter)
+        except ValueError as error:
+            raise ModelError(f"PEFT can't add the adapter: {_first_line(error)}") from error
     if spec.trainable is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in spec.trainable)
