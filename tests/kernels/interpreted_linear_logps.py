@@ -5,11 +5,13 @@ interpreter multiplies bf16 operands of `tl.dot` as raw integers, so operands he
 fp16; bf16 comes in where a library GEMM does the products. Tiles are 32 x 64 x 32.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -238,6 +240,21 @@ def test_strided_inputs(dtype):
         head.grad[::2],
     )
     check(views)
+
+
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_columns_far_apart(which, flag_all):
+    """Columns 2^29 elements apart: the last of them begins beyond 2^31."""
+    head = peaked_head(6, 6, 20, dtype=torch.float16)
+    near = getattr(head, which)
+    stride = 2**29
+    room = torch.from_numpy(numpy.zeros(5 * stride + len(near), numpy.float16))  # never touched
+    far = room.as_strided(near.shape, (1, stride))
+    far.copy_(near)
+    other = dataclasses.replace(head, **{which: far})
+    one, two = run(op, head, stats=()), run(op, other, stats=())
+    assert torch.equal(one.logps, two.logps) and torch.equal(one.d_hidden, two.d_hidden)
+    assert torch.equal(one.d_weight, two.d_weight)
 
 
 def test_misaligned_rows_leave_the_descriptors(use, monkeypatch):

@@ -49,7 +49,8 @@ def _products(
     w_rows = cols.to(tl.int64)
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+        k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
+        at = hidden_ptr + rows[:, None] * stride_hidden + k_at
         h = tl.load(at, mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
         w = matrix_at(
             weight_ptr, adapter_ptr, w_rows[None, :], ks[:, None],

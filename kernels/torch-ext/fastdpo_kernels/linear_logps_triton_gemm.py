@@ -2,8 +2,8 @@
 
 E = exp(logits - reference) of a part of the vocabulary, written or only summed. One epilogue serves
 three kernels: operands by pointers, by tensor descriptors (TMA), or products of a library GEMM.
-fp32 accumulation; fp32 operands are multiplied as they are ("ieee": never rounded to TF32). Row
-offsets are int64 before they meet a stride. No atomics: every element has one writer.
+fp32 accumulation; fp32 operands are multiplied as they are ("ieee": never rounded to TF32). Rows
+and columns are int64 before they meet a stride. No atomics: every element has one writer.
 """
 
 # Triton's language is Python in syntax alone: checkers know neither its arguments nor its tensors.
@@ -151,7 +151,8 @@ def matrix_at(
     inside = mask
     if adapter_ptr is not None:
         inside = mask & (ks < d_weight)
-    w = tl.load(weight_ptr + rows * stride_weight + ks * stride_weight_k, mask=inside, other=0.0)
+    at = weight_ptr + rows * stride_weight + ks.to(tl.int64) * stride_weight_k
+    w = tl.load(at, mask=inside, other=0.0)
     w = w.to(dtype)
     if adapter_ptr is not None:
         at = adapter_ptr + rows * stride_adapter + (ks - d_weight)

@@ -78,7 +78,8 @@ def _target_logits_kernel(
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         mask = has[:, None] & (ks < D)[None, :]
-        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+        k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
+        at = hidden_ptr + rows[:, None] * stride_hidden + k_at
         h = tl.load(at, mask=mask, other=0.0)
         w = matrix_at(
             weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
@@ -244,7 +245,8 @@ def _dw_operand_kernel(
     row_ok = rows < n_rows
     has = tl.load(target_ptr + rows, mask=row_ok, other=-1) >= 0
     inside = (ks < D)[None, :]
-    at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+    k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
+    at = hidden_ptr + rows[:, None] * stride_hidden + k_at
     h = tl.load(at, mask=has[:, None] & inside, other=0.0)
     if factor_ptr is not None:
         h = h.to(tl.float32) * tl.load(factor_ptr + rows, mask=has, other=0.0)[:, None]
@@ -284,7 +286,8 @@ def _target_rows_kernel(
         while tl.max(same.to(tl.int32), 0) > 0:
             row = tl.load(order_ptr + at, mask=same, other=0)
             c = tl.load(coefficient_ptr + row, mask=same, other=0.0)
-            h_at = hidden_ptr + row[:, None] * stride_hidden + ks[None, :] * stride_hidden_k
+            k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
+            h_at = hidden_ptr + row[:, None] * stride_hidden + k_at
             h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += tl.sum(h * c[:, None], 0)
             bias_total += tl.sum(c, 0)
