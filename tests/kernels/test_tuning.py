@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fastdpo_kernels import tuning
 from fastdpo_kernels.tuning import Device, Gemm, Problem, Variant
@@ -202,14 +203,15 @@ def test_measuring_stops_after_its_budget(fresh, monkeypatch):
     assert len(timed) > 1, "the next process goes on"
 
 
-def test_a_variant_that_cannot_run_is_passed_over(fresh, caplog):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA"), OutOfResources(3, 2, "shared memory")])
+def test_a_variant_that_cannot_run_is_passed_over(fresh, caplog, error):
     def run(plan):
-        raise RuntimeError("out of resource: shared memory")
+        raise error
 
     with caplog.at_level(logging.INFO, "fastdpo_kernels"):
         seconds = tuning._time(problem(), tuning.default_variant(problem(), H200), H200, run)
     assert seconds == float("inf")
-    assert "out of resource" in caplog.text
+    assert "cannot run here" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"key": 1}'])

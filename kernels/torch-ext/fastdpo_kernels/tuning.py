@@ -445,6 +445,8 @@ def _time(
     problem: Problem, variant: Variant, device: Device, run: Callable[[Plan], object]
 ) -> float:
     """Seconds of one run; infinity for a variant that cannot run here."""
+    from triton.errors import TritonError  # too much shared memory, a failed compilation
+
     try:
         fitted = plan(problem, variant, device)
         run(fitted)  # compiles
@@ -459,7 +461,7 @@ def _time(
             if best > 0.1:
                 break
         return best
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TritonError) as error:
         logger.info("linear_logps: %s cannot run here: %s", variant, str(error).splitlines()[:1])
         return math.inf
 
