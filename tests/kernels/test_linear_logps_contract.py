@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+from collections import deque
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def test_devices_that_triton_does_not_serve_are_named(monkeypatch):
     assert impls.choose_impl("linear_logps", "auto", device, torch.bfloat16) == "torch"
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(impls, "_capability", lambda index: (7, 5))
-    assert "capability 8.0" in (impls.why_not_triton(device, torch.float16) or "")
+    assert impls.why_not_triton(device, torch.float16) == (
+        "it needs compute capability 8.0 (Ampere, bf16) or newer, this is 7.5"
+    )
     monkeypatch.setattr(impls, "_capability", lambda index: (8, 9))
     assert impls.why_not_triton(device, torch.float16) is None
 
@@ -171,6 +174,14 @@ def test_bad_arguments_are_named(name):
     assert str(caught.value).startswith("linear_logps: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("n", "d", "v"), [(2**31, 1, 5), (3, 2**31, 5), (3, 1, 2**31)])
+def test_dimensions_beyond_int32_are_refused(n, d, v):
+    h, w = torch.empty(n, d, device="meta"), torch.empty(v, d, device="meta")
+    message = f"N={n}, D={d}, V={v}, but a dimension holds fewer than 2.31=2147483648"
+    with pytest.raises(ValueError, match=message):
+        linear_logps(h, w, torch.empty(n, dtype=torch.int64, device="meta"))
+
+
 def test_other_ignore_indices():
     head = peaked_head(5, 8, 33)
     targets = torch.tensor([3, 0, 7, 0, 1])
@@ -202,6 +213,21 @@ def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived():
     assert not module._pending
     targets, bad = module.check_targets(torch.tensor([0, 40], device="meta"), 33, -100)
     assert bad is not None and targets.device.type == "meta"
+
+
+def test_reports_wait_while_a_cuda_graph_is_captured(monkeypatch):
+    """Asking any event then fails, and ends the capture: warm-up leaves some unasked."""
+
+    class Event:
+        def query(self):
+            raise AssertionError("asked during a capture")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    report = (Event(), torch.tensor([1, 7, 40]), 33, -100)
+    monkeypatch.setattr(linear_logps_call, "_pending", deque([report]))
+    linear_logps_call.raise_bad_targets()
+    assert len(linear_logps_call._pending) == 1
 
 
 @pytest.mark.gpu

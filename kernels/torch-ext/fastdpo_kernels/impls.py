@@ -103,8 +103,9 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPUs (ROCm) have no table of tiles yet"
     index = torch.cuda.current_device() if device.index is None else device.index
-    if _capability(index) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
+    major, minor = _capability(index)
+    if (major, minor) < (8, 0):
+        return f"it needs compute capability 8.0 (Ampere, bf16) or newer, this is {major}.{minor}"
     return None
 
 

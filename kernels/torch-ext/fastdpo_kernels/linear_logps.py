@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .impls import TokenStats
-from .linear_logps_call import Call, Lora, check, check_targets, raise_bad_targets
+from .linear_logps_call import (
+    Call,
+    Lora,
+    check,
+    check_targets,
+    raise_bad_targets,
+    scale_rows,
+)
 from .linear_logps_graph import linear_logps_in_graph
 from .reference import linear_logps_reference
 
@@ -218,7 +225,7 @@ class _LinearLogps(torch.autograd.Function):
         d_hidden = d_trained = d_bias = None
         if unscaled is not None:
             with torch.no_grad(), torch.autocast(grad_logps.device.type, enabled=False):
-                d_hidden = (unscaled * grad_logps.detach()[:, None]).to(ctx.hidden_dtype)
+                d_hidden = scale_rows(unscaled, grad_logps.detach(), ctx.hidden_dtype)
         if call.need_head_grad:
             d_trained, d_bias = call.weight_grad(
                 hidden, weight, targets, bias, adapter, tuple(saved), grad_logps

@@ -125,6 +125,17 @@ class Call:
         }
 
 
+def scale_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [N, D] * factor [N], rounded once to `dtype`, without a wider copy of the whole."""
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    # GPUs convert element by element; CPUs make copies first, so give them little at a time.
+    step = max(1, len(rows) if rows.is_cuda else 2**18 // rows.shape[1])
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        torch.mul(rows[some], factor[some, None], out=out[some])
+    return out
+
+
 def _detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
@@ -161,6 +172,11 @@ def check(
     (n, d), (v, weight_d) = hidden.shape, weight.shape
     if d != weight_d:
         raise ValueError(f"linear_logps: expected D={weight_d} (weight), got {d} (hidden)")
+    if max(n, d, v) >= 2**31:
+        raise ValueError(
+            f"linear_logps: N={n}, D={d}, V={v}, but a dimension holds fewer than 2^31={2**31} "
+            "(int32 indices); call it on parts of the rows"
+        )
     if v == 0 or d == 0:
         raise ValueError(f"linear_logps: weight is empty: {tuple(weight.shape)}")
     if len(targets) != n:
@@ -277,7 +293,12 @@ _pending: deque[tuple[Any, Tensor, int, int]] = deque()
 
 
 def raise_bad_targets() -> None:
-    """Raises for a bad target of an earlier call whose report has arrived; waits for none."""
+    """Raises for a bad target of an earlier call whose report has arrived; waits for none.
+
+    Asking an event would spoil a CUDA graph that is being captured: reports wait until after.
+    """
+    if _pending and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
     while _pending and _pending[0][0].query():
         _, host, v, ignore_index = _pending.popleft()
         found, row, target = host.tolist()
