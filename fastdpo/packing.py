@@ -217,9 +217,11 @@ class _Rows:
     """Token rows as they are laid out, and the attention segments over them."""
 
     ids: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    multiplicity: list[np.ndarray] = field(default_factory=list)
-    is_long: list[np.ndarray] = field(default_factory=list)
+    # Of each array in `ids`, for all its rows:
+    lengths: list[int] = field(default_factory=list)
+    start_positions: list[int] = field(default_factory=list)
+    multiplicities: list[int] = field(default_factory=list)
+    kinds: list[bool] = field(default_factory=list)  # of rotary frequencies: long?
     kv: list[np.ndarray] = field(default_factory=list)
     q_lengths: list[int] = field(default_factory=list)
     k_lengths: list[int] = field(default_factory=list)
@@ -232,12 +234,27 @@ class _Rows:
     ) -> np.ndarray:
         """Lays `ids` down, which stand for `multiplicity` tokens each; returns their rows."""
         self.ids.append(ids)
-        self.is_long.append(np.full(len(ids), is_long))
-        self.multiplicity.append(np.full(len(ids), multiplicity, np.float32))
-        self.positions.append(np.arange(start_position, start_position + len(ids)))
+        self.lengths.append(len(ids))
+        self.start_positions.append(start_position)
+        self.multiplicities.append(multiplicity)
+        self.kinds.append(is_long)
         rows = np.arange(self.n, self.n + len(ids))
         self.n += len(ids)
         return rows
+
+    @property
+    def positions(self) -> np.ndarray:
+        ends = np.cumsum(self.lengths)
+        shift = np.array(self.start_positions) - (ends - self.lengths)
+        return np.arange(self.n) + np.repeat(shift, self.lengths)
+
+    @property
+    def multiplicity(self) -> np.ndarray:
+        return np.repeat(np.array(self.multiplicities, np.float32), self.lengths)
+
+    @property
+    def is_long(self) -> np.ndarray:
+        return np.repeat(np.array(self.kinds, np.bool_), self.lengths)
 
     def segment(self, q_rows: int, k_rows: np.ndarray) -> None:
         if q_rows:
@@ -276,8 +293,8 @@ def _lay_out(
             own = rows.append(response[: lengths[slot] - n_prompt], n_prompt, uses, kind)
             keys = np.concatenate([prompts[kind], own])
             rows.segment(len(keys) if is_first else len(own), keys)
-            before = [prompts[kind][-1:], own[: _own_length(len(response), False)]]
-            rows.predict.append(np.concatenate(before)[: len(response)])
+            first = len(prompts[kind]) - min(n_prompt, 1)  # the prompt's last row, then its own
+            rows.predict.append(keys[first : first + len(response) - (n_prompt == 0)])
     if rows.n == 0:  # only single tokens without a prompt: one row that nobody reads keeps a graph
         rows.segment(1, rows.append(np.zeros(1, np.int32), 0, 0, False))
     return rows
@@ -321,22 +338,22 @@ def build_pack(
     full = by_pair[:, :1] + by_pair[:, 1:]  # [P, 2]
     inputs = full if with_last else by_pair[:, :1] + np.maximum(by_pair[:, 1:] - 1, 0)
     max_seqlen = max(rows.k_lengths)
-    is_long = _concatenate(rows.is_long, np.bool_)
+    is_long = rows.is_long
 
     if mode == "padded":
         input_ids, attention_mask, predict = _pad(rows, predict, max_seqlen)
         multiplicity = np.zeros(input_ids.shape, np.float32)
         real = attention_mask.numpy() > 0
-        multiplicity[real] = _concatenate(rows.multiplicity, np.float32)
+        multiplicity[real] = rows.multiplicity
         by_row = np.zeros(input_ids.shape, np.bool_)
         by_row[real] = is_long
         is_long = by_row | by_row[:, :1]  # a row's padding is of its kind
         position_ids = layout = None
     else:
         input_ids = _concatenate(rows.ids, np.int64)
-        position_ids = torch.from_numpy(_concatenate(rows.positions, np.int64))
+        position_ids = torch.from_numpy(rows.positions)
         attention_mask, layout = None, _layout(rows, max_seqlen)
-        multiplicity = _concatenate(rows.multiplicity, np.float32)
+        multiplicity = rows.multiplicity
     return Pack(
         input_ids=torch.from_numpy(input_ids),
         position_ids=position_ids,

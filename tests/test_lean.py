@@ -76,7 +76,7 @@ def demo_trainer(tmp_path: Path, clock: Clock, steps: int) -> DPOTrainer:
     )
 
 
-@pytest.mark.benchmark(group="host overhead")
+@pytest.mark.soak  # a measurement: on a busy machine it may fail for no fault of the code
 def test_the_loop_costs_less_than_3_percent_of_a_step(tmp_path, monkeypatch, record_property):
     """Model: every forward of the policy and the reference, and the backward pass; loss: the
     objective; optimizer: clipping and the update. The loop is all else: packing, callbacks,
