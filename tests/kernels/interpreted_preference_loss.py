@@ -118,6 +118,21 @@ def test_far_margins_stay_finite():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("loss_type", "label_smoothing"), LOSSES)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_what_is_not_a_number_stays_one(loss_type, label_smoothing, per_token):
+    """A NaN log-prob (of a target out of range), and pairs of responses that do not exist, which a
+    GPU's host does not look at."""
+    policy, reference, cu = pack([4, 2, 3])
+    policy[5] = torch.nan
+    pairs = torch.tensor([[0, 2], [1, 0], [2, 3], [-1, 0]])
+    options = {"beta": 0.1, "loss_type": loss_type, "label_smoothing": label_smoothing}
+    refs = (reference, None) if per_token else (None, torch.zeros(3))
+    out = driver.forward(policy, cu, pairs, *refs, **options)
+    assert out.losses.isnan().tolist() == [False, True, True, True]
+    assert out.logps.isnan().tolist() == [False, True, False]
+
+
 def test_no_pairs_and_no_responses():
     policy, reference, cu = pack([4, 2])
     none = torch.empty(0, 2, dtype=torch.int64)

@@ -75,7 +75,8 @@ def preference_loss(
     Sums over tokens are fp64 and in a fixed order: results are bitwise repeatable. Only
     `token_logps` gets a gradient, once: double backward raises. torch.compile takes it into its
     graph as one op (all but `impl="reference"`). On a GPU the host does not wait to look at
-    `cu_responses` and `pairs`: that they are in bounds is the caller's duty there.
+    `cu_responses` and `pairs`: that they are in bounds is the caller's duty there (in Triton a pair
+    that names no response gives NaN).
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other or lie outside their domain,

@@ -26,12 +26,13 @@ _HINGE: tl.constexpr = tl.constexpr(LOSSES["hinge"])
 
 @triton.jit
 def _response(
-    response, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+    response, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
     stride_token, stride_ref_token, stride_ref, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob, log-ratio and length of one response, fp64."""
-    start = tl.load(cu_ptr + response)
-    end = tl.load(cu_ptr + response + 1)
+    """Log-prob, log-ratio and length of one response, fp64; NaN for one that does not exist."""
+    ok = (response >= 0) & (response < n_responses)
+    start = tl.load(cu_ptr + response, mask=ok, other=0)
+    end = tl.load(cu_ptr + response + 1, mask=ok, other=0)
     logps = tl.zeros((BLOCK,), tl.float64)
     ratio = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
@@ -46,7 +47,9 @@ def _response(
     if ref_token_ptr is not None:
         difference = tl.sum(ratio, 0)
     else:
-        difference = total - tl.load(ref_logps_ptr + response * stride_ref).to(tl.float64)
+        ref = tl.load(ref_logps_ptr + response * stride_ref, mask=ok, other=0.0)
+        difference = total - ref.to(tl.float64)
+    difference = tl.where(ok, difference, float("nan"))
     return total, difference, tl.maximum(end - start, 1).to(tl.float64)
 
 
@@ -93,7 +96,7 @@ def _preference_loss_kernel(
     program = tl.program_id(0).to(tl.int64)
     if program < n_responses:
         logps, _, _ = _response(  # pyright: ignore[reportGeneralTypeIssues]
-            program, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            program, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         tl.store(logps_ptr + program, logps.to(tl.float32))
@@ -102,11 +105,11 @@ def _preference_loss_kernel(
         chosen = tl.load(pairs_ptr + pair * stride_pair)
         rejected = tl.load(pairs_ptr + pair * stride_pair + stride_side)
         _, up, up_length = _response(  # pyright: ignore[reportGeneralTypeIssues]
-            chosen, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            chosen, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         _, down, down_length = _response(
-            rejected, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            rejected, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         strength = tl.full((), beta, tl.float64)
@@ -117,8 +120,8 @@ def _preference_loss_kernel(
             slope_up = strength * (smooth - _sigmoid(-margin))
             slope_down = -slope_up
         elif LOSS == _HINGE:
-            loss = tl.maximum(1.0 - margin, 0.0)
-            slope_up = tl.where(margin < 1.0, -strength, 0.0)
+            loss = tl.where(margin >= 1.0, 0.0, 1.0 - margin)  # a NaN stays
+            slope_up = tl.where(margin >= 1.0, 0.0, -strength)
             slope_down = -slope_up
         else:
             off = up / up_length - down / down_length - 0.5 / strength
