@@ -1,15 +1,18 @@
 """`fastdpo cache info|verify|prune DIR`: what a reference cache holds, whether it is whole, and
 what of it to let go. Nothing here needs torch."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ConfigError, did_you_mean
 from .reference_cache import (
+    FORMAT_FILE,
     REFERENCE_FILE,
     StoredReference,
     compact,
     days_since,
+    marker_is_whole,
     remove_reference,
     stored_references,
 )
@@ -91,18 +94,24 @@ def _what(about: dict | None) -> str:
         return f"(what it is can't be read: {REFERENCE_FILE} is damaged)"
     kind = "with its adapter" if about.get("adapters") else "without adapters"
     quantized = ", quantized" if about.get("quantized") else ""
+    compute = about.get("compute")
+    compute = about.get("dtype") if compute == "as weights" else compute
     return (
         f"{about.get('model')} {kind}, {about.get('dtype')}{quantized}, computed in "
-        f"{about.get('compute')}, {about.get('packs')} packs, {about.get('attention')} attention"
+        f"{compute}, {about.get('packs')} packs, {about.get('attention')} attention"
     )
 
 
 def _verify(folder: Path, references: list[StoredReference]) -> int:
     faults = 0
+    if references and not marker_is_whole(folder):
+        faults += 1
+        print(f"  damaged: {FORMAT_FILE}; the next run that uses the cache mends it")
     for reference in references:
         wrong = [f"damaged: {where}" for where in reference.health.damaged]
         wrong += [f"incomplete or damaged at its end: {where}" for where in reference.health.torn]
-        wrong += [f"damaged: {REFERENCE_FILE}"] if reference.about is None else []
+        if reference.about is None:
+            wrong.append(f"damaged: {REFERENCE_FILE}; the next run of this reference mends it")
         faults += len(wrong)
         for line in wrong:
             print(f"  {reference.name[:12]}  {line}")
@@ -135,7 +144,9 @@ def _prune(references: list[StoredReference], options: dict[str, str]) -> int:
         try:
             limit = float(days)
         except ValueError:
-            raise ConfigError(f"'--unused_days' expects a number, got {days!r}") from None
+            limit = math.nan
+        if not limit >= 0:
+            raise ConfigError(f"'--unused_days' expects a number >= 0, got {days!r}")
         chosen = [r for r in chosen if days_since(r.last_used) >= limit]
     for reference in chosen:
         done = "deleted" if remove_reference(reference) else "in use by a run: left alone"

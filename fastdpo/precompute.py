@@ -187,4 +187,9 @@ def _report(cache: ReferenceCache, health: Health) -> None:
             where,
         )
     for where in health.torn:
-        logger.info("reference cache %s: incomplete at the end of %s", cache.folder, where)
+        logger.warning(
+            "reference cache %s: incomplete or damaged at the end of %s; what was there is "
+            "computed again",
+            cache.folder,
+            where,
+        )

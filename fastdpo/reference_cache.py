@@ -96,6 +96,9 @@ class ReferenceCache:
                 found[key] = values
         if found:
             with contextlib.suppress(OSError):  # a read-only cache serves as well
+                make_root(self.root)
+                if _about(self.folder) is None:
+                    self._describe()
                 os.utime(self.folder / REFERENCE_FILE)
         return found, health
 
@@ -125,10 +128,14 @@ class ReferenceCache:
     def _new_segment(self) -> BinaryIO:
         make_root(self.root)
         self.folder.mkdir(exist_ok=True)
+        self._describe()
+        return new_segment(self.folder)
+
+    def _describe(self) -> None:
+        """Writes what the reference is, or mends it."""
         held: dict[str, Any] = {"reference": self._description, "about": self._about}
         held["check"] = content_hash(held)
         _write_whole(self.folder / REFERENCE_FILE, json.dumps(held, indent=2) + "\n")
-        return new_segment(self.folder)
 
     def _refusal(self, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -217,8 +224,8 @@ def _record_at(data: bytes, at: int, reference: str) -> tuple[bytes, np.ndarray,
 def check_format(root: Path) -> bool:
     """Whether `root` is a cache already; `CheckpointError` if it is something else.
 
-    A marker that fails its own check is damage, no other format: it is written anew with the next
-    record, and records answer for themselves.
+    A marker that fails its own check is damage, no other format: the next run that uses the cache
+    writes it anew, and records answer for themselves.
     """
     try:
         if not root.exists():
@@ -255,9 +262,18 @@ def _check(text: bytes) -> bytes:
 def make_root(root: Path) -> None:
     """Makes the folder and its marker, or mends a damaged marker."""
     root.mkdir(parents=True, exist_ok=True)
+    _write_whole(root / FORMAT_FILE, _marker())
+
+
+def marker_is_whole(root: Path) -> bool:
+    """Whether the marker of the cache `root` says what it should."""
+    path = root / FORMAT_FILE
+    return path.exists() and path.read_bytes() == _marker().encode()
+
+
+def _marker() -> str:
     text = f"fastdpo reference cache, format {FORMAT}"
-    marker = f"{text}, check {_check(text.encode()).decode()}\n"
-    _write_whole(root / FORMAT_FILE, marker)
+    return f"{text}, check {_check(text.encode()).decode()}\n"
 
 
 def segments(folder: Path) -> list[Path]:

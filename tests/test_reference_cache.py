@@ -174,7 +174,7 @@ def test_no_damage_is_ever_served(edits):
 
 
 def test_a_description_damaged_at_any_byte_is_noticed(tmp_path):
-    """It is for people: records are served without it, and a new segment writes it anew."""
+    """It is for people: records are served without it, and who reads or adds some mends it."""
     values = rows(2)
     cache = fill(tmp_path, values)
     path = cache.folder / REFERENCE_FILE
@@ -186,6 +186,8 @@ def test_a_description_damaged_at_any_byte_is_noticed(tmp_path):
         (found,) = stored_references(tmp_path)
         assert found.about is None or json.loads(broken) == json.loads(good), at
     assert_same(cache.read(set(values))[0], values)
+    assert path.read_bytes() == good
+    path.unlink()
     fill(tmp_path, rows(1, seed=4))
     assert path.read_bytes() == good
 
@@ -225,6 +227,8 @@ def test_another_version_is_refused_and_a_damaged_marker_mended(tmp_path):
         broken[at] ^= 0x01
         marker.write_bytes(broken)
         assert len(ReferenceCache(tmp_path, DESCRIPTION, ABOUT).read(set(values))[0]) == 3, at
+        assert marker.read_bytes() == good
+    marker.unlink()
     fill(tmp_path, rows(1, seed=4))
     assert marker.read_bytes() == good
     from fastdpo.reference_cache import _check
@@ -323,7 +327,13 @@ def test_info_and_verify(tmp_path, capsys):
     assert status == 1 and segment.name in out and "computed again" in out
     (cache.folder / REFERENCE_FILE).write_text("{}")
     status, out, _ = run("verify", str(tmp_path), capsys=capsys)
-    assert status == 1 and REFERENCE_FILE in out
+    assert status == 1 and REFERENCE_FILE in out and "mends it" in out
+    (tmp_path / FORMAT_FILE).write_text("fastdpo reference cache, format 7, check 01234567\n")
+    status, out, _ = run("verify", str(tmp_path), capsys=capsys)
+    assert status == 1 and FORMAT_FILE in out
+    cache.read(set(rows(6)))
+    assert run("prune", str(tmp_path), capsys=capsys)[0] == 0
+    assert run("verify", str(tmp_path), capsys=capsys)[0] == 0
 
 
 def test_prune_keeps_what_is_good(tmp_path, capsys):
@@ -375,6 +385,8 @@ def test_prune_by_name_and_by_age(tmp_path, capsys):
         (["info", "{tmp}/nowhere"], ["no reference cache", "nowhere"]),
         (["info", "{tmp}", "--beta", "1"], ["--beta"]),
         (["prune", "{tmp}", "--unused_days", "soon"], ["unused_days", "soon"]),
+        (["prune", "{tmp}", "--unused_days", "-1"], ["unused_days", ">= 0", "-1"]),
+        (["prune", "{tmp}", "--unused_days", "nan"], ["unused_days", "nan"]),
     ],
 )
 def test_bad_words(tmp_path, capsys, words, parts):

@@ -246,7 +246,7 @@ def test_an_interrupted_precomputation_ends_with_the_same_bits(
             data[rng.integers(len(data))] ^= 0x10
             segment.write_bytes(data[: len(data) - int(rng.integers(0, 3))])
         caplog.clear()
-        with caplog.at_level("INFO", logger="fastdpo"):
+        with caplog.at_level("WARNING", logger="fastdpo"):
             mended = trainer(tmp_path / "d", **options)
         said = [r.getMessage() for r in caplog.records if str(folder) in r.getMessage()]
         assert said and all("damaged" in line or "incomplete" in line for line in said), said
@@ -574,6 +574,7 @@ def test_precompute_then_train(base, tmp_path, capsys, forwards):
     assert cli.main(["cache", "info", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
     assert "1 reference," in shown and "16 responses" in shown and str(base / "model") in shown
+    assert "float32, computed in float32" in shown
 
 
 def test_a_reference_model_by_name(base, tmp_path, capsys, forwards):
