@@ -302,13 +302,17 @@ def load_losses(names: Sequence[str]) -> dict[str, PreferenceLoss]:
 
 def _load_users(name: str) -> PreferenceLoss:
     module_name, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())  # a script's folder is on the path anyway, a command's is not
+    here = os.getcwd()
+    adds = here not in sys.path  # a script's folder is on the path anyway, a command's is not
+    if adds:
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"loss_type {name!r}: can't import {module_name!r}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        if adds:
+            sys.path.remove(here)
     found = getattr(module, attribute, None)
     if found is None:
         nearest = did_you_mean(attribute, dir(module))

@@ -5,7 +5,9 @@ import copy
 import functools
 import math
 import re
+import sys
 import tempfile
+import weakref
 
 import numpy as np
 import pytest
@@ -328,6 +330,30 @@ def test_both_passes_draw_the_same_dropout(tmp_path):
     assert not torch.allclose(seen[0], seen[2 * n], atol=1e-2)  # there is dropout to speak of
 
 
+def test_two_passes_hold_one_packs_graph_at_a_time(monkeypatch):
+    """Memory is bounded by a pack: the first pass builds no graph, the second drops each."""
+    made = trainer("unshared")
+    made.objective = Objective(config(loss_type=["aot"]))
+    graphs: list[weakref.ref] = []
+    alive: list[int] = []
+    with_stats = type(made._forward).with_stats
+
+    def spy(self, model, *args):
+        if model is made.model:  # and not the reference
+            alive.append(sum(of() is not None for of in graphs))
+        output = with_stats(self, model, *args)
+        if output.token_logps.grad_fn is not None:
+            graphs.append(weakref.ref(output.token_logps))
+        return output
+
+    monkeypatch.setattr(type(made._forward), "with_stats", spy)
+    step = next(iter(made.plan.steps(0, skip=0)))
+    made._train_step(step)
+    n = len(step.packs)
+    assert n > 2 and len(graphs) == n and len(alive) == 2 * n
+    assert max(alive) <= 1, alive
+
+
 def test_evaluation_does_not_depend_on_batches(tmp_path):
     found = []
     for size in (3, 100):
@@ -462,6 +488,13 @@ def test_a_users_loss_that_would_not_do(users, name, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
     with pytest.raises(ConfigError, match="can't import 'no_such_module'"):
         load_losses(["no_such_module:x"])
+
+
+def test_a_users_loss_leaves_the_path_as_it_is(users, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = list(sys.path)
+    load_losses(["users_losses:mine"])
+    assert sys.path == before
 
 
 def test_a_users_loss_takes_only_what_its_signature_names(users):
