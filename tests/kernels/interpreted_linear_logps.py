@@ -134,8 +134,10 @@ def test_gradients_and_statistics(dtype, transform):
     check(head, ALL_STATS, **transform)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_subsets_of_gradients(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_subsets_of_gradients(use, dtype):
+    if dtype == torch.bfloat16:
+        use(VARIANTS["library"])
     head = peaked_head(33, 16, 100, dtype=dtype, bias=True, ignored=0.1)
     subsets = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")]
     assert_each_gradient_alone(op, head, subsets, e_ulp=E_ULP[dtype])

@@ -3,6 +3,7 @@
 `test_preference_loss_triton.py` runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import contextlib
 import itertools
 
 import pytest
@@ -151,8 +152,14 @@ def test_one_launch(monkeypatch):
             launches.append(grid)
             return lambda *args, **kwargs: None
 
+    @contextlib.contextmanager
+    def device_of(tensor):
+        launches.append(tensor.device)
+        yield
+
     monkeypatch.setattr(driver, "_preference_loss_kernel", Kernel())
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     policy, reference, cu = pack([4, 2, 7])
     pairs = torch.tensor([[0, 1], [2, 1]])
     preference_loss(policy, cu, pairs, ref_token_logps=reference, beta=0.1, impl="triton")
-    assert launches == [(3 + 2,)]
+    assert launches == [policy.device, (3 + 2,)]

@@ -151,13 +151,14 @@ def forward(
     logps = torch.empty(r, device=token_logps.device)
     losses, *rest = (torch.empty(p, device=token_logps.device) for _ in range(5))
     if r + p > 0:
-        _preference_loss_kernel[(r + p,)](
-            token_logps, ref_token_logps, ref_logps, cu_responses.contiguous(), pairs,
-            logps, losses, *rest,
-            r, token_logps.stride(0),
-            0 if ref_token_logps is None else ref_token_logps.stride(0),
-            0 if ref_logps is None else ref_logps.stride(0), *pairs.stride(),
-            beta, label_smoothing,
-            LOSS=LOSSES[loss_type], BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        with torch.cuda.device_of(token_logps):  # Triton launches on the current device
+            _preference_loss_kernel[(r + p,)](
+                token_logps, ref_token_logps, ref_logps, cu_responses.contiguous(), pairs,
+                logps, losses, *rest,
+                r, token_logps.stride(0),
+                0 if ref_token_logps is None else ref_token_logps.stride(0),
+                0 if ref_logps is None else ref_logps.stride(0), *pairs.stride(),
+                beta, label_smoothing,
+                LOSS=LOSSES[loss_type], BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
     return PreferenceForward(losses, rest[0], rest[1], logps, rest[2], rest[3])
