@@ -71,6 +71,24 @@ def test_is_the_two_ops_bit_for_bit():
     assert torch.equal(out.losses, preference_loss(logps, BOUNDS, PAIRS, ref, **options).losses)
 
 
+def test_an_adapter_on_the_head_counts():
+    hidden, weight, _, targets, ref = case(torch.float32)
+    a, b = torch.randn(3, 16).requires_grad_(), torch.randn(101, 3).requires_grad_()
+    grads = []
+    for of_adapter in (True, False):
+        if of_adapter:
+            out = linear_dpo_loss(
+                hidden, weight, targets, BOUNDS, PAIRS,
+                ref_token_logps=ref, beta=0.1, lora=(a, b, 0.5),
+            )  # fmt: skip
+        else:
+            logps = linear_logps(hidden, weight, targets, lora=(a, b, 0.5))
+            out = preference_loss(logps, BOUNDS, PAIRS, ref, beta=0.1)
+        grads.append([out.losses.detach(), *torch.autograd.grad(out.loss, (a, b))])
+    assert all(torch.equal(*both) for both in zip(*grads, strict=True))
+    assert grads[0][1].any() and grads[0][2].any()
+
+
 def test_the_docstrings_example_runs():
     """On a padded batch of 2 pairs, against eager log-probs of that batch."""
     text = inspect.getdoc(linear_dpo_loss) or ""

@@ -6,7 +6,7 @@ It is `linear_logps` followed by `preference_loss`, and nothing else.
 from torch import Tensor
 
 from .linear_logps import linear_logps
-from .linear_logps_call import NO_TARGET
+from .linear_logps_call import NO_TARGET, Lora
 from .preference_loss import PreferenceOutput, preference_loss
 
 
@@ -23,6 +23,7 @@ def linear_dpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
@@ -48,19 +49,21 @@ def linear_dpo_loss(
 
     Args:
         hidden: [N, D], the row that predicts each token of each response, one after the other.
-        weight: [V, D], the LM head; its `bias` [V] and logit transform as in `linear_logps`.
+        weight: [V, D], the LM head; its `bias` [V], an adapter on it (`lora`) and the logit
+            transform as in `linear_logps`.
         targets: [N] int64, the tokens. All of them count: pass only the rows to be scored.
         cu_responses, pairs, ref_logps, ref_token_logps, beta, loss_type, label_smoothing: see
             `preference_loss`.
         impl, workspace_bytes: see `linear_logps`.
 
-    Gradients flow to `hidden`, `weight` and `bias`. Raises what those two raise.
+    Gradients flow to `hidden`, `weight`, `bias` and the adapter. Raises what those two raise.
     """
     token_logps = linear_logps(
         hidden,
         weight,
         targets,
         bias=bias,
+        lora=lora,
         softcap=softcap,
         scale=scale,
         temperature=temperature,
