@@ -50,13 +50,13 @@ class PairLogps:
     @property
     def chosen_logratios(self) -> Tensor:
         """log policy / reference of the chosen responses."""
-        assert self.ref_chosen_logps is not None
+        assert self.ref_chosen_logps is not None, "no loss of this run reads a reference"
         return self.policy_chosen_logps - self.ref_chosen_logps
 
     @property
     def rejected_logratios(self) -> Tensor:
         """log policy / reference of the rejected responses."""
-        assert self.ref_rejected_logps is not None
+        assert self.ref_rejected_logps is not None, "no loss of this run reads a reference"
         return self.policy_rejected_logps - self.ref_rejected_logps
 
     @property
@@ -366,8 +366,19 @@ def _try(name: str, loss: PreferenceLoss) -> None:
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
     }
-    whole = _example(torch.arange(4.0, dtype=torch.float64))
-    losses = call(loss, whole, options)
+
+    def called(*i: float) -> Tensor:
+        pairs = _example(torch.tensor(i, dtype=torch.float64), not loss.spec.reference_free)
+        try:
+            return call(loss, pairs, options)
+        except Exception as error:
+            raise ConfigError(
+                f"loss_type {name!r} fails on made-up pairs"
+                f"{' without a reference' if loss.spec.reference_free else ''}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    losses = called(0, 1, 2, 3)
     if not isinstance(losses, Tensor) or losses.shape != (4,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ConfigError(
@@ -381,18 +392,16 @@ def _try(name: str, loss: PreferenceLoss) -> None:
         )
     if loss.spec.scope == "step":
         return
-    alone = [
-        call(loss, _example(torch.tensor([i], dtype=torch.float64)), options) for i in range(4)
-    ]
-    if not torch.allclose(losses, torch.cat(alone), rtol=1e-9, atol=1e-12):
+    alone = torch.cat([called(i) for i in range(4)])
+    if not torch.allclose(losses, alone, rtol=1e-9, atol=1e-12, equal_nan=True):
         raise ConfigError(
             f"loss_type {name!r} gives a pair another loss in other company, so it needs the whole "
             "step: make it fastdpo.losses.PreferenceLoss(fn, LossSpec(source=…, scope='step'))"
         )
 
 
-def _example(i: Tensor) -> PairLogps:
-    logps = {
+def _example(i: Tensor, with_reference: bool) -> PairLogps:
+    logps: dict[str, Tensor] = {
         "policy_chosen_logps": -7 - i,
         "policy_rejected_logps": -5 - (i - 1.5) ** 2,
         "ref_chosen_logps": -6.5 - 0.7 * i,
@@ -406,4 +415,7 @@ def _example(i: Tensor) -> PairLogps:
     assert logps.keys() == {f.name for f in fields(PairLogps)}
     for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_nll"):
         logps[key].requires_grad_()
-    return PairLogps(**logps)
+    made = PairLogps(**logps)
+    if with_reference:
+        return made
+    return replace(made, ref_chosen_logps=None, ref_rejected_logps=None)

@@ -446,6 +446,13 @@ def detached(logps, *, beta):
 def wants(logps, *, beta, secret):
     return logps.margins
 
+def fails(logps, *, beta):
+    return logps.no_such_logps
+
+def partly(logps, *, beta):  # no number where chosen is not the likelier one
+    return -logps.margins.log()
+
+lost = PreferenceLoss(mine, LossSpec("mine", reference_free=True))
 whole = PreferenceLoss(coupled, LossSpec("mine", scope="step"))
 free = PreferenceLoss(lambda logps, beta: -beta * logps.policy_chosen_logps,
                       LossSpec("mine", reference_free=True))
@@ -469,6 +476,7 @@ def test_a_users_loss_is_used_the_same_way(tmp_path, users):
     assert a == pytest.approx(b, rel=1e-5)
     assert Objective(config(loss_type=["users_losses:whole"])).needs_whole_step
     assert not Objective(config(loss_type=["users_losses:free"])).needs_reference
+    assert load_losses(["users_losses:partly"])  # whose example holds what is no number
 
 
 @pytest.mark.parametrize(
@@ -479,6 +487,8 @@ def test_a_users_loss_is_used_the_same_way(tmp_path, users):
         ("detached", ["differentiable"]),
         ("wants", ["'secret'", "beta"]),
         ("number", ["int", "not a function"]),
+        ("fails", ["made-up pairs", "AttributeError", "no_such_logps"]),
+        ("lost", ["without a reference", "no loss of this run reads a reference"]),
         ("min", ["no 'min'", "did you mean 'mine'"]),
     ],
 )
