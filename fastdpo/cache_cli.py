@@ -119,7 +119,7 @@ def _verify(folder: Path, references: list[StoredReference]) -> int:
     if faults:
         print(
             f"{folder}: {_count(records, 'good record')}, {_count(faults, 'fault')}; no run trusts "
-            "these, their responses are computed again; `fastdpo cache prune` drops them"
+            "these; damaged records are computed again, and `fastdpo cache prune` drops them"
         )
         return 1
     print(f"{folder}: whole; {_count(records, 'record')} of {_count(len(references), 'reference')}")

@@ -193,3 +193,5 @@ def _report(cache: ReferenceCache, health: Health) -> None:
             cache.folder,
             where,
         )
+    for name in health.mended:
+        logger.warning("reference cache %s: %s was damaged, and is mended", cache.folder, name)

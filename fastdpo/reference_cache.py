@@ -60,7 +60,8 @@ def content_hash(description: dict[str, Any]) -> str:
 @dataclass
 class Health:
     """What reading found: `records` good ones, of which `repeated` were there before; spans of
-    bytes that are none: `damaged` inside a segment, `torn` at its end."""
+    bytes that are none: `damaged` inside a segment, `torn` at its end; and the other files that
+    were damaged and are `mended` now."""
 
     segments: int = 0
     records: int = 0
@@ -69,6 +70,7 @@ class Health:
     bytes: int = 0
     damaged: list[str] = field(default_factory=list)
     torn: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
 
 
 class ReferenceCache:
@@ -96,9 +98,12 @@ class ReferenceCache:
                 found[key] = values
         if found:
             with contextlib.suppress(OSError):  # a read-only cache serves as well
-                make_root(self.root)
+                if not marker_is_whole(self.root):
+                    make_root(self.root)
+                    health.mended.append(FORMAT_FILE)
                 if _about(self.folder) is None:
                     self._describe()
+                    health.mended.append(REFERENCE_FILE)
                 os.utime(self.folder / REFERENCE_FILE)
         return found, health
 

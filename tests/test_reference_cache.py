@@ -331,7 +331,8 @@ def test_info_and_verify(tmp_path, capsys):
     (tmp_path / FORMAT_FILE).write_text("fastdpo reference cache, format 7, check 01234567\n")
     status, out, _ = run("verify", str(tmp_path), capsys=capsys)
     assert status == 1 and FORMAT_FILE in out
-    cache.read(set(rows(6)))
+    assert cache.read(set(rows(6)))[1].mended == [FORMAT_FILE, REFERENCE_FILE]
+    assert cache.read(set(rows(6)))[1].mended == []
     assert run("prune", str(tmp_path), capsys=capsys)[0] == 0
     assert run("verify", str(tmp_path), capsys=capsys)[0] == 0
 

@@ -15,7 +15,7 @@ from fastdpo.adapters import REFERENCE_ADAPTER
 from fastdpo.config_files import write_yaml
 from fastdpo.data import TokenizedPairs
 from fastdpo.errors import ConfigError, MissingPackageError, ModelError
-from fastdpo.reference_cache import segments
+from fastdpo.reference_cache import REFERENCE_FILE, segments
 from fastdpo.reference_logps import AdapterReference, ModelReference
 from fastdpo.reference_sync import RECOMPRESSION_TOLERANCE, recompress
 from tests.test_trainer import LORA, config, losses, weights
@@ -237,8 +237,14 @@ def test_an_interrupted_precomputation_ends_with_the_same_bits(
     assert len(forwards) == n_packs - 2
     assert np.array_equal(resumed.train_reference.logps, whole.train_reference.logps)
 
-    # Damage anywhere, and a torn end: found, reported, computed again, to the same bits.
+    # A damaged description: served all the same, mended and reported.
     folder = resumed.reference_cache.folder
+    (folder / REFERENCE_FILE).write_text("{")
+    with caplog.at_level("WARNING", logger="fastdpo"):
+        assert trainer(tmp_path / "e", **options).precomputations["train"].n_computed == 0
+    assert any(f"{REFERENCE_FILE} was damaged, and is mended" in m for m in caplog.messages)
+
+    # Damage anywhere, and a torn end: found, reported, computed again, to the same bits.
     rng = np.random.default_rng(0)
     for _ in range(3):
         for segment in segments(folder):
