@@ -9,13 +9,22 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from tests.kernels.interpreter import ROOT
 
-# (architecture, start of the label) of default rows that may have a stack frame, and why: none.
+# (architecture, label) of default rows that may have a stack frame, and why. Triton 3.9 gives some
+# bytes to kernels that return at once unless a row is flagged; other versions need none.
 ALLOWED_STACK: dict[tuple[str, str], str] = {}
+if version("triton").startswith("3.9"):
+    ALLOWED_STACK = {
+        ("sm80", "exact sums bf16 full"): "fallback",
+        ("sm86", "exact sums bf16 full"): "fallback",
+        ("sm120", "exact rows bf16 full"): "fallback",
+        ("sm120", "exact rows fp32"): "fallback",
+    }
 
 
 def run_program(name: str, *arguments: str) -> list[dict]:
