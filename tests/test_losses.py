@@ -655,3 +655,9 @@ def test_the_fused_loss_is_the_plain_one():
             found.append((made.metrics.read(), kept.found))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
         assert_same(found[0][1], found[1][1], 1e-12)
+
+
+def test_a_mix_says_which_of_its_losses_label_smoothing_passes_by(caplog):
+    with caplog.at_level("INFO", logger="fastdpo"):
+        Objective(config(loss_type=["robust", "ipo"], label_smoothing=0.1))
+    assert "label_smoothing has no meaning for ipo in this mix" in caplog.text
