@@ -82,7 +82,7 @@ def resolve_backend(
     return usable_backends(name, device=device, dtype=dtype, config=config)[0]
 
 
-# ---- how fast: only kernels that need no compiling are measured; the others are slower --------
+# ---- how fast: only kernels that need no compiling are timed here; the others come last -------
 
 
 def _head_shape(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 Two kernels, always launched, so that the host never waits for a device to hear whether any row was
 flagged; without flagged rows they return at once. They work with the row's own largest logit, in
 blocks of 16 rows, and are right for any row, but slow: one multiprocessor reads all of W for each
-slice of D (about 10 ms per flagged block at V = 128k, D = 4096).
+slice of D (predicted, not measured: some 10 ms per flagged block at V = 128k, D = 4096).
 """
 
 # Triton's language is Python in syntax alone: checkers know neither its arguments nor its tensors.
