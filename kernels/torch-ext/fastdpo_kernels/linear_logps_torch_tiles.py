@@ -47,7 +47,7 @@ class Head:
 
     @property
     def halves(self) -> bool:
-        """Whether GEMMs take 16-bit operands and give fp32. A CPU sums those of fp32 more finely."""
+        """Whether GEMMs take 16-bit operands and give fp32. A CPU sums fp32 ones more finely."""
         return self.rounded != self.dtype and self.weight.device.type == "cuda"
 
     @property
