@@ -58,7 +58,7 @@ class Server:
         self.process.stdin.flush()
         pid = int(self._line())
         if kill is not None:
-            last = before + kill.randint(0, max(0, 9 - before))
+            last = before + kill.randint(0, max(0, 5 - before))  # of 10: not after its end
             began = time.perf_counter()
             while steps_seen(folder) < last and time.perf_counter() - began < 60:
                 time.sleep(0.002)
