@@ -10,7 +10,6 @@ import importlib.util
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +17,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import __version__
-from .arguments import (
-    ADAPTER_OPTIONS,
-    AUTO,
-    HELP_PARTS,
-    ModelConfig,
-    ScriptArguments,
-    TrainingOptions,
-    options_by_name,
-    unknown,
-)
-from .config_files import RECIPE, read_yaml, recipes
+from .config_files import RECIPE, read_yaml
 from .errors import ConfigError, FastDPOError, did_you_mean
-from .options import NONE, Option, describe
+from .help import help_lines
+from .model_config import ADAPTER_OPTIONS, ModelConfig
+from .option_names import options_by_name, unknown
+from .options import AUTO, NONE, Option, describe
+from .script_arguments import ScriptArguments
+from .training_options import TrainingOptions
 from .unsupported import ALIASES, TRL_NEUTRAL
 
 if TYPE_CHECKING:
@@ -230,40 +224,6 @@ def _part(values: dict[str, Any], cls: type) -> dict[str, Any]:
 def _only_transformers(values: Iterable[str]) -> set[str]:
     ours = {*describe(TrainingOptions), *ALIASES, *TRL_NEUTRAL, "warmup_ratio"}
     return set(values) - ours
-
-
-# ---- help -------------------------------------------------------------------------------------
-
-
-def help_lines() -> list[str]:
-    """`fastdpo train --help`: every option in its part, with its values and default."""
-    lines = [
-        f"usage: fastdpo train [CONFIG.yaml | {RECIPE}NAME] [--option value …]",
-        "",
-        "CONFIG.yaml holds the same names, one `option: value` a line. Flags win over the file.",
-        "Lists take commas, several words, or the flag again. Names are TRL's where TRL has them.",
-        f"Recipes: {', '.join(recipes())}",
-    ]
-    for name, opt in options_by_name().items():
-        if name in HELP_PARTS:
-            lines += ["", f"{HELP_PARTS[name]}:"]
-        lines += _wrap(f"--{name}", f"{opt.help} [{opt.expected}; default {_shown(opt.default)}]")
-    return lines
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, list):
-        return ",".join(map(str, default))
-    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
-
-
-def _wrap(flag: str, text: str) -> list[str]:
-    indent = " " * 34
-    head = f"  {flag}".ljust(len(indent))
-    lines = textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent=indent)
-    if head[-1] != " ":
-        return [head, *lines]
-    return [head + lines[0].lstrip(), *lines[1:]]
 
 
 # ---- the run ----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """DPOConfig: transformers' TrainingArguments with TRL's DPO options and fastdpo's own.
 
 An unknown option, a value of the wrong type or outside its domain, and an option that fastdpo
-does not honour are `ConfigError`s; nothing is ignored. ScriptArguments and ModelConfig stand in
-arguments.py and obey the same rules. How options combine into a run is the trainer's affair.
+does not honour are `ConfigError`s; nothing is ignored. Those that are honoured are declared in
+training_options.py; ScriptArguments and ModelConfig, in files of their own, obey the same rules.
+How options combine into a run is the trainer's affair.
 """
 
 from dataclasses import dataclass, fields
@@ -16,10 +17,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from .arguments import AUTO, PLANNED, ModelConfig, ScriptArguments, TrainingOptions, settle
 from .config_files import read_yaml, write_yaml
 from .errors import ConfigError, did_you_mean
-from .options import checked_init, default_of, describe
+from .model_config import ModelConfig
+from .option_names import settle
+from .options import AUTO, checked_init, default_of, describe
+from .script_arguments import ScriptArguments
+from .training_options import PLANNED, TrainingOptions
 from .unsupported import ALIASES, is_neutral, unsupported
 
 __all__ = ["DPOConfig", "ModelConfig", "ScriptArguments", "to_plain"]

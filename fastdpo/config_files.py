@@ -1,6 +1,6 @@
 """Configuration files: flat YAML, one option a line, from a path or from the packaged recipes.
 
-Reads and writes mappings; what the options mean, and whether they exist, is arguments.py's.
+Reads and writes mappings; what the options mean, and whether they exist, is option_names.py's.
 """
 
 from collections.abc import Hashable

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from . import __version__
-from .arguments import TrainingOptions
 from .errors import CheckpointError
 from .options import describe
+from .training_options import TrainingOptions
 
 MARK = "<!-- written by fastdpo -->"
 # Beside these, everything that is not at its default is shown.

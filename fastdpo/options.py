@@ -1,8 +1,8 @@
 """One option: its type, domain, choices, default and help; and the check that every value passes.
 
-Options are fields of plain dataclasses (arguments.py); here is what reads them. The standard
-library alone, so that a misspelt flag is answered before torch is imported. No option is
-declared here.
+Options are fields of plain dataclasses (script_arguments.py, model_config.py,
+training_options.py); here is what reads them. The standard library alone, so that a misspelt flag
+is answered before torch is imported. No option is declared here.
 """
 
 import functools
@@ -56,7 +56,8 @@ class Words:
     words: tuple[str, ...]
 
 
-Auto = Annotated[str, Words(("auto",))]
+AUTO = "auto"
+Auto = Annotated[str, Words((AUTO,))]
 Positive = Annotated[float, Bound(above=0)]
 NonNegative = Annotated[float, Bound(at_least=0)]
 Share = Annotated[float, Bound(at_least=0, below=1)]

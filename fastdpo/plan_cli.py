@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .arguments import AUTO, PLANNED, ModelConfig, ScriptArguments
 from .errors import ConfigError, ModelError
-from .options import Bound, Option, check, parse_bytes
+from .model_config import ModelConfig
+from .options import AUTO, Bound, Option, check, parse_bytes
 from .plan_device import Device, known_device, present_device, show_bytes
+from .script_arguments import ScriptArguments
+from .training_options import PLANNED
 
 if TYPE_CHECKING:
     from .config import DPOConfig

@@ -18,18 +18,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .arguments import AUTO, PLANNED
 from .checkpoint import set_rng_state
 from .config import DPOConfig
 from .data import TokenizedPairs
 from .errors import ConfigError, ModelError
 from .model import base_model, is_quantized
-from .options import parse_bytes
+from .options import AUTO, parse_bytes
 from .packing import longest_pair
 from .plan_device import present_device, show_bytes
 from .policy import Models
 from .reference_logps import AdapterReference, NoReference
 from .run_folder import PLAN_FILE
+from .training_options import PLANNED
 
 if TYPE_CHECKING:  # what replays a model takes a second to import, and not every run has a plan
     from .plan import Job, Planner, Prediction

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from fastdpo_kernels.impls import why_not_triton
 
 from .adapters import add_adapter, refuse_prompt_learning
-from .arguments import PLANNED
 from .batch import Pack
 from .body import apply_liger, compile_layers, wants_compile
 from .checkpointing import checkpoint_activations, checkpoint_kwargs
@@ -40,6 +39,7 @@ from .reference_logps import (
 from .reference_sync import check_can_follow
 from .router_loss import RouterLoss, make_router_loss
 from .runtime import broadcast_from_rank_0
+from .training_options import PLANNED
 
 logger = logging.getLogger(__name__)
 

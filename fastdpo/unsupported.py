@@ -1,7 +1,7 @@
 """What fastdpo does not honour of TRL's and transformers' options, and what it says instead.
 
-An option moves from here to arguments.py when it is built. Which of TrainingArguments' fields are
-not honoured is read off transformers itself (config.py).
+An option moves from here to the class that declares it when it is built. Which of
+TrainingArguments' fields are not honoured is read off transformers itself (config.py).
 """
 
 from typing import Any

@@ -16,6 +16,8 @@ from fastdpo import cli
 from fastdpo.config import to_plain
 from fastdpo.config_files import recipes, write_yaml
 from fastdpo.errors import ConfigError, FastDPOError
+from fastdpo.help import HELP_PARTS
+from fastdpo.option_names import options_by_name
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 ROOT = Path(fastdpo.__file__).parents[1]
@@ -118,8 +120,8 @@ def test_recipes_are_whole(name):
 def test_help_names_every_option(capsys):
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--{name} " in shown or f"--{name}\n" in shown for name in cli.options_by_name())
-    assert all(f"{part}:" in shown for part in cli.HELP_PARTS.values())
+    assert all(f"--{name} " in shown or f"--{name}\n" in shown for name in options_by_name())
+    assert all(f"{part}:" in shown for part in HELP_PARTS.values())
     assert all(name in shown for name in recipes())
     assert all(len(line) <= 100 for line in shown.splitlines())
     assert cli.main([]) == 0 and "fastdpo demo" in capsys.readouterr().out
