@@ -5,6 +5,8 @@ kernels/ or tests/ imports from here, except the smoke tests.
 """
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,3 +23,24 @@ def child_environment(**variables: str) -> dict[str, str]:
     given = os.environ.get("PYTHONPATH")
     paths = os.pathsep.join([*PACKAGES, given] if given else PACKAGES)
     return {**os.environ, "PYTHONPATH": paths, **variables}
+
+
+def stop(process: subprocess.Popen, patience: float = 5.0) -> None:
+    """Ends a child that leads its own process group, and all that it started; waits for it.
+
+    It is asked first, so that it can end children that lead groups of their own.
+    """
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def end_on_sigterm() -> None:
+    """Makes SIGTERM end this process as an exception does, through its `finally` clauses."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -7,15 +7,13 @@ import dataclasses
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_scaling, bench_train_step, gpu_check, harness, hh, peers, workloads
+from benchmarks import bench_scaling, bench_train_step, harness, hh, peers, workloads
 from tests.tiny import tiny_rows
 
 ENVIRONMENT = {"commit": "a", "device": {}, "python": "3", "versions": {}}
@@ -79,11 +77,13 @@ def test_necessary_flops_are_those_of_the_products_that_run():
     forward = live - cached
     # Eager attention computes the square, of which n^2 / 2 is necessary; ours counts 1 + 1/2 + n
     # entries more: the prompt by itself, and before both responses. The rejected token is one more
-    # row of the head.
+    # row of the head. Older transformers make the rotary angles by a product, which we don't count.
+    counts = counter.get_flop_counts()
+    rotary = sum(sum(c.values()) for name, c in counts.items() if name.endswith("rotary_emb"))
     width, layers = config.hidden_size, config.num_hidden_layers
     expected = forward + 4 * layers * width * (n**2 / 2 - n - 2)
     expected -= 2 * width * config.vocab_size
-    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+    assert counter.get_total_flops() - rotary == pytest.approx(expected, rel=1e-6)
     assert cached == pytest.approx(3 * forward)  # backward is twice forward
     lora = workloads.necessary_flops(config, lengths, lora=True, live_reference=False)
     assert 2 * forward < lora < 2.5 * forward  # no gradient of a frozen weight, but an adapter
@@ -204,70 +204,6 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
     late = tmp_path / "late.json"
     assert bench_train_step.main(["--smoke", "--output", str(late), "--seconds", "0"]) == 0
     assert json.loads(late.read_text())["rows"] == []
-
-
-# ---- the GPU check ---------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_check_needs_a_gpu():
-    command = [sys.executable, "-m", "benchmarks.gpu_check"]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu-check: error: torch") and len(done.stderr.splitlines()) == 1
-
-
-JUNIT = """<testsuites><testsuite><testcase classname="a" name="one"/>
-<testcase classname="a" name="two"><failure message="no"/></testcase>
-<testcase classname="a" name="three"><skipped message="absent"/></testcase></testsuite></testsuites>
-"""
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_gpu_check_gathers_its_stages_in_one_file(tmp_path, capsys, monkeypatch, fails):
-    trainer = {"case": "c", "key": "k"} | dict.fromkeys(bench_train_step.COLUMNS, 1.0)
-    kernel = {"case": "head", "milliseconds": 3.0}
-    rows = {
-        "kernels": [
-            {**kernel, "key": f"head {name}", "implementation": name} for name in ("fastdpo", "trl")
-        ],
-        "training step": [
-            {**trainer, "trainer": "fastdpo", "pairs_per_second": 6.0},
-            {**trainer, "trainer": "trl"},
-        ],
-    }
-    called = []
-
-    def stage(name, arguments, seconds):
-        called.append((name, seconds))
-        if name == "GPU tests":
-            text = JUNIT if fails else JUNIT.replace('<failure message="no"/>', "")
-            path = [a for a in arguments if a.startswith("--junitxml=")][0].split("=")[1]
-        else:
-            text = json.dumps({"rows": rows[name], "left_out": [f"{name}: why"]})
-            path = arguments[-1]
-        with open(path, "w") as file:
-            file.write(text)
-        return gpu_check.Stage(name, int(fails), 1.0)
-
-    monkeypatch.setattr(gpu_check, "run_stage", stage)
-    output = tmp_path / "gpu.json"
-    assert gpu_check.check(400.0, output, "make gpu-check") == int(fails)
-    assert [name for name, _ in called] == ["GPU tests", "kernels", "training step"]
-    assert sum(seconds for _, seconds in called[:2]) < 400
-    document = json.loads(output.read_text())
-    assert document["environment"]["command"] == "make gpu-check"
-    assert document["tests"]["passed"] == 2 - fails
-    printed = capsys.readouterr().out
-    assert "absent:" in printed and "left out, why: kernels" in printed
-    lines = {tuple(line.split()[:2]): line.split() for line in printed.splitlines()}
-    assert lines["head", "fastdpo"][2] == "3.000" and lines["c", "fastdpo"][2:4] == ["6.000"] * 2
-    assert ("failed: a::two" in printed) == fails
-
-
-def test_a_stage_that_takes_too_long_is_stopped():
-    stage = gpu_check.run_stage("sleep", ["-c", "import time; time.sleep(60)"], 1.0)
-    assert stage.status is None and not stage.passed and stage.seconds < 30
 
 
 def test_hh_reports_a_run(tmp_path, capsys):
