@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from fastdpo.errors import ModelError
 from fastdpo.nonfinite import FiniteGuard
-from tests.test_trainer import trainer, weights
 from tests.tiny import tiny_pairs
+from tests.tiny_trainer import trainer, weights
 
 
 @pytest.fixture(autouse=True)

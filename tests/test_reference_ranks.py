@@ -12,8 +12,8 @@ import torch
 
 from fastdpo.reference_cache import stored_references
 from tests.test_distributed import ROOT
-from tests.test_trainer import trainer
 from tests.tiny import tiny_pairs
+from tests.tiny_trainer import trainer
 
 SCRIPT = """
 import sys

@@ -16,8 +16,8 @@ from fastdpo import cli
 from fastdpo.config_files import write_yaml
 from fastdpo.errors import CheckpointError, ConfigError, DataError
 from fastdpo.model_card import MARK
-from tests.test_trainer import trainer
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
+from tests.tiny_trainer import trainer
 
 REAL_API = huggingface_hub.HfApi
 PNG = b"\x89PNG"

@@ -23,8 +23,8 @@ from fastdpo.checkpoint import rotate
 from fastdpo.errors import CheckpointError
 from fastdpo.interrupts import Interrupted, StopRequests
 from tests.kill_server import KINDS
-from tests.test_trainer import trainer
 from tests.tiny import tiny_pairs
+from tests.tiny_trainer import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 
 from fastdpo.errors import MissingPackageError
-from tests.test_trainer import trainer
 from tests.tiny import tiny_pairs
+from tests.tiny_trainer import trainer
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 

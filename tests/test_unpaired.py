@@ -22,8 +22,8 @@ from fastdpo.errors import ConfigError, DataError
 from fastdpo.losses import REGISTRY, PairLogps
 from tests.families import by_name
 from tests.test_parity_trl import LOGPS_ATOL, MOVE_RTOL, RTOL, SHARED, compare_weights, trainable
-from tests.test_trainer import LORA
 from tests.tiny import tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
+from tests.tiny_trainer import LORA
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the peer to compare with")
 Dataset = pytest.importorskip("datasets").Dataset

@@ -1,0 +1,26 @@
+"""Fixtures that several files share. What they need is imported when they are asked for."""
+
+import pytest
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """Curves are drawn after every run; where runs are tiny that would be most of the time."""
+    monkeypatch.setattr("fastdpo.trainer.plot_curves", lambda *args: None)
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """The number of pairs in every pack that a reference is asked for, one entry a pack."""
+    from fastdpo.reference_logps import AdapterReference, ModelReference
+
+    asked: list[int] = []
+    for kind in (ModelReference, AdapterReference):
+        original = kind.token_logps
+
+        def spy(self, packs, original=original):
+            asked.extend(len(pack.pair_ids) for pack in packs)
+            return original(self, packs)
+
+        monkeypatch.setattr(kind, "token_logps", spy)
+    return asked
