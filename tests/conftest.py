@@ -10,6 +10,29 @@ def no_picture(monkeypatch) -> None:
 
 
 @pytest.fixture
+def datasets_apart(tmp_path, monkeypatch) -> None:
+    """What `datasets` keeps of files that it read goes with the test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """A tokenizer with BOS and EOS, without a chat template."""
+    from tests.tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """A tokenizer with a chat template, without BOS."""
+    from tests.tiny import tiny_tokenizer
+
+    return tiny_tokenizer(bos=False, chat=True)
+
+
+@pytest.fixture
 def forwards(monkeypatch) -> list[int]:
     """The number of pairs in every pack that a reference is asked for, one entry a pack."""
     from fastdpo.reference_logps import AdapterReference, ModelReference

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastdpo.data import TokenizedPairs
+from fastdpo.data import TokenizedPairs, tokenize_pairs
 
 WORDS = (
     "the a red blue green small large cat dog bird house river tree boat garden runs sleeps sings "
@@ -199,3 +199,20 @@ def tiny_pairs(
             rejected = draw(response_lengths)
         rejecteds.append(rejected)
     return TokenizedPairs.from_lists(prompts, chosens, rejecteds)
+
+
+def message(role, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def tokenize(rows, tokenizer, max_length: int | None = 256, **kwargs):
+    return tokenize_pairs(rows, tokenizer, max_length=max_length, progress=False, **kwargs)
+
+
+def triple(pairs: TokenizedPairs, i: int = 0) -> list[list[int]]:
+    """The ids of pair i: prompt, chosen, rejected."""
+    return [pairs.prompt(i).tolist(), pairs.chosen(i).tolist(), pairs.rejected(i).tolist()]
+
+
+def texts(pairs: TokenizedPairs, tokenizer, i: int = 0) -> tuple[str, ...]:
+    return tuple(tokenizer.decode(ids) for ids in triple(pairs, i))
