@@ -116,7 +116,13 @@ def job_of_config(
 
     objective = Objective(args)
     config, adapter = _read_config(model, args)
-    spec = TwinSpec(config, *_precision(model, config), adapter, *_bits(model))
+    spec = TwinSpec(
+        config,
+        *_precision(model, config),
+        adapter,
+        *_bits(model),
+        lean_lora=args.lean_lora,
+    )
     kind, size = "adapters_off", 0
     if not objective.needs_reference:
         kind = "none"

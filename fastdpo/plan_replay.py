@@ -29,6 +29,7 @@ from .batch import Pack
 from .checkpointing import checkpoint_activations
 from .errors import FastDPOError, ModelError
 from .logps import decoder_output, output_head
+from .lora import use_lean_lora
 from .model import base_model, disable_dropout
 from .offload import IN_FLIGHT, LEAST_BYTES, storages_of, takes
 from .plan_standins import (
@@ -51,7 +52,7 @@ class TwinSpec:
 
     dtype: of the weights. bits: 4 or 8 where bitsandbytes holds the frozen linear layers, with
     `nested` constants; None otherwise. trainable: the names of the parameters that are trained,
-    where it is not PEFT's adapter or, without one, the whole model.
+    where it is not PEFT's adapter or, without one, the whole model. lean_lora: as the option.
     """
 
     config: PretrainedConfig
@@ -60,6 +61,7 @@ class TwinSpec:
     bits: int | None = None
     nested: bool = False
     trainable: frozenset[str] | None = None
+    lean_lora: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel |
                 model = get_peft_model(model, adapter)
         except ValueError as error:
             raise ModelError(f"PEFT can't add the adapter: {_first_line(error)}") from error
+        if spec.lean_lora:
+            use_lean_lora(model, log=False)
     if spec.trainable is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in spec.trainable)

@@ -105,7 +105,7 @@ def job_of(models: Models, pairs: TokenizedPairs, packer: Packer, args: DPOConfi
     elif reference.model is not policy:
         size = sum(p.nbytes for p in reference.model.parameters())
     return Job(
-        spec=spec_of(policy),
+        spec=replace(spec_of(policy), lean_lora=args.lean_lora),
         args=args,
         pairs=pairs,
         device=present_device(args.device),

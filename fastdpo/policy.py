@@ -25,6 +25,7 @@ from .config import DPOConfig
 from .errors import ConfigError, ModelError
 from .fp8 import check_base_precision
 from .logps import PackedForwardInfo, PackedOutput, prepare_packed_forward
+from .lora import use_lean_lora
 from .model import base_model, disable_dropout, is_quantized, keep_activations, keep_unpacked
 from .offload import OffloadActivations
 from .reference_cache import ReferenceCache
@@ -122,6 +123,9 @@ def prepare_models(
     if args.use_liger_kernel:
         apply_liger(base_model(policy))
     check_base_precision(policy, args.base_precision, args.device)
+    if args.lean_lora:
+        for model in {id(m): m for m in (policy, reference.model)}.values():
+            use_lean_lora(model)
     packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
     if reference.model is not policy:
         _place(reference.model, args.device)

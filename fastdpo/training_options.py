@@ -240,6 +240,11 @@ class TrainingOptions:
     use_liger_kernel: bool = option(
         False, "liger-kernel's norms, rotary embedding and MLP (not its loss); needs a GPU."
     )
+    lean_lora: bool = option(
+        True,
+        "LoRA without copies of activations, the products of layers that share an input merged; "
+        "off: PEFT's own forward.",
+    )
     logps_impl: str = option(
         "auto", "Implementation of the log-prob kernel.", ("auto", "triton", "torch")
     )
