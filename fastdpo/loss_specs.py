@@ -17,7 +17,8 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 class LossSpec:
     """What a loss is defined for.
 
-    source: paper and equation.
+    source: paper and equation, of the arXiv version named where versions count differently. What
+        stands there without a number is written out in the function's docstring.
     scope: "pair", a pair's loss depends on that pair alone; "step", on all pairs of the step.
     reference_free: it never reads the reference.
     parameters: the options it takes beside beta.
@@ -48,14 +49,14 @@ _BY_LABEL = ("desirable_weight", "undesirable_weight")
 
 SPECS: dict[str, LossSpec] = {
     "sigmoid": LossSpec(
-        "DPO, arXiv 2305.18290 eq. 7; label smoothing: cDPO (Mitchell, 2023)",
+        "DPO, arXiv 2305.18290 eq. 7; label smoothing: cDPO (Mitchell, 2023) eq. 3",
         parameters=_SMOOTHED,
         f_divergence=True,
         flips=True,
         margin=True,
     ),
     "hinge": LossSpec(
-        "SLiC-HF, arXiv 2305.10425 eq. 1, on DPO's margin as in RSO, 2309.06657",
+        "RSO, arXiv 2309.06657 eq. 12: the hinge of SLiC-HF, 2305.10425, on DPO's margin",
         f_divergence=True,
         flips=True,
         margin=True,
@@ -64,17 +65,17 @@ SPECS: dict[str, LossSpec] = {
     "exo_pair": LossSpec(
         "EXO, arXiv 2402.00856 eq. 16", parameters=_SMOOTHED, f_divergence=True, margin=True
     ),
-    "nca_pair": LossSpec("NCA, arXiv 2402.05369 sec. 4.1, for pairs"),
+    "nca_pair": LossSpec("NCA, arXiv 2402.05369 (v3) table 1, for pairs"),
     "robust": LossSpec(
-        "robust DPO, arXiv 2403.00409 sec. 3.1",
+        "robust DPO (rDPO), arXiv 2403.00409",
         parameters=_SMOOTHED,
         f_divergence=True,
         margin=True,
     ),
-    "bco_pair": LossSpec("BCO, arXiv 2404.04656, for pairs and with a reward shift of 0"),
+    "bco_pair": LossSpec("BCO, arXiv 2404.04656 (ACL 2025) eq. 6: a reward shift of 0"),
     "sppo_hard": LossSpec("SPPO, arXiv 2405.00675 eq. 4.7, P of the winner 1"),
     "aot": LossSpec(
-        "AOT, arXiv 2406.05882, paired",
+        "AOT, arXiv 2406.05882, for pairs",
         scope="step",
         parameters=_SMOOTHED,
         weighting=False,
@@ -92,10 +93,10 @@ SPECS: dict[str, LossSpec] = {
     ),
     "sft": LossSpec(
         "negative log-likelihood of the chosen responses, mean over the step's tokens; mixed in "
-        "as in MPO, arXiv 2411.10442"
+        "as in MPO, arXiv 2411.10442 sec. 3.2"
     ),
     "sigmoid_norm": LossSpec(
-        "length-normalised DPO, Tulu 3, arXiv 2411.15124 sec. 5.1", f_divergence=True
+        "length-normalised DPO, Tulu 3, arXiv 2411.15124 eq. 6", f_divergence=True
     ),
     "simpo": LossSpec(
         "SimPO, arXiv 2405.14734 eq. 6",
@@ -114,7 +115,7 @@ SPECS: dict[str, LossSpec] = {
         "ORPO, arXiv 2403.07691 eq. 6 and 7", reference_free=True, logps=False, weighting=False
     ),
     "kto": LossSpec(
-        "KTO, arXiv 2402.01306 sec. 4.1",
+        "KTO, arXiv 2402.01306 (v4) eq. 8",
         scope="step",
         parameters=_BY_LABEL,
         logps=False,
@@ -180,7 +181,7 @@ def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
             raise ConfigError(
                 f"loss_type {name!r} is of unpaired data and goes with no other; got {names}"
             )
-    _check_label_smoothing(options, specs, takes)
+    _check_label_smoothing(options, specs)
     if options.loss_weights is not None and len(options.loss_weights) != len(specs):
         raise ConfigError(
             f"'loss_weights' has {len(options.loss_weights)} weights for {len(specs)} losses "
@@ -214,15 +215,22 @@ def check_loss_options(options: Any, specs: dict[str, LossSpec | None]) -> None:
     _check_extras(options, specs, names)
 
 
-def _check_label_smoothing(options: Any, specs: dict[str, LossSpec | None], takes: Any) -> None:
+def _check_label_smoothing(options: Any, specs: dict[str, LossSpec | None]) -> None:
+    """One number for all losses of a mix: none of them may have no use for it."""
     value = options.label_smoothing
     if not 0 <= value < 0.5:
         raise ConfigError(f"'label_smoothing' expects a number >= 0 and < 0.5, got {value:g}")
-    if value and not takes("label_smoothing"):
+    lacking = [
+        name
+        for name, spec in specs.items()
+        if spec is not None and "label_smoothing" not in spec.parameters
+    ]
+    if value and lacking:
         owners = [name for name, spec in SPECS.items() if "label_smoothing" in spec.parameters]
+        instead = "; rpo_alpha adds the chosen responses' NLL too" if PLAIN_NLL in lacking else ""
         raise ConfigError(
-            f"'label_smoothing' has no meaning for loss_type {', '.join(map(repr, specs))}; set it "
-            f"to 0, or use one of {', '.join(owners)}"
+            f"'label_smoothing' has no meaning for loss_type {', '.join(map(repr, lacking))}; set "
+            f"it to 0, or use one of {', '.join(owners)}{instead}"
         )
     if value == 0 and "exo_pair" in specs:
         raise ConfigError(

@@ -1,25 +1,20 @@
 """Preference losses: small pure functions of the log-probs of pairs, registered by name.
 
 A loss takes `PairLogps` and floats and returns losses [P]; which options it takes and what it may
-be combined with stands in loss_specs.py, under the same name. How losses are mixed, weighted and
-brought back to tokens is objective.py's work. sigmoid, hinge and ipo without extras run fused
-(fastdpo_kernels.preference_loss).
+be combined with stands in loss_specs.py, under the same name, with paper and equation. How losses
+are mixed, weighted and brought back to tokens is objective.py's work; a user's own are found by
+users_losses.py. sigmoid, hinge and ipo without extras run fused (fastdpo_kernels.preference_loss).
 """
 
-import importlib
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ConfigError, did_you_mean
 from .loss_specs import SPECS, LossSpec
 
 
@@ -132,19 +127,23 @@ def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor
 
 
 def nca_pair(logps: PairLogps, *, beta: float) -> Tensor:
+    """-log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2, with rewards r = beta * log-ratio."""
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     noise = F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
     return -F.logsigmoid(chosen) - 0.5 * noise
 
 
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """Unbiased under labels flipped with probability `label_smoothing`."""
+    """((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e), with DPO's L: unbiased under labels flipped with
+    probability e, `label_smoothing`."""
     margins = beta * logps.margins
     right, wrong = -F.logsigmoid(margins), -F.logsigmoid(-margins)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
 def bco_pair(logps: PairLogps, *, beta: float) -> Tensor:
+    """-log s(r_w - d) - log s(-(r_l - d)) with a reward shift d of 0: the paper's eq. 8 without
+    the moving average that its d is."""
     return -F.logsigmoid(beta * logps.chosen_logratios) - F.logsigmoid(
         -beta * logps.rejected_logratios
     )
@@ -157,7 +156,8 @@ def sppo_hard(logps: PairLogps, *, beta: float) -> Tensor:
 
 
 def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compares the sorted margins of policy and reference; losses by rank, not by pair."""
+    """By rank i, not by pair: h(u_(i) - v_(i)) with h(x) = log(1 + exp(-beta x)), u the sorted
+    margins log p(chosen) - log p(rejected) of the policy, v those of the reference."""
     assert logps.ref_chosen_logps is not None and logps.ref_rejected_logps is not None
     policy = (logps.policy_chosen_logps - logps.policy_rejected_logps).sort(stable=True).values
     reference = (logps.ref_chosen_logps - logps.ref_rejected_logps).sort(stable=True).values
@@ -165,7 +165,7 @@ def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compares the sorted log-ratios of chosen and rejected; losses by rank, not by pair."""
+    """As aot; u are the sorted log-ratios of the chosen responses, v those of the rejected."""
     chosen = logps.chosen_logratios.sort(stable=True).values
     rejected = logps.rejected_logratios.sort(stable=True).values
     return _smoothed(beta * (chosen - rejected), label_smoothing)
@@ -268,12 +268,25 @@ REGISTRY: dict[str, PreferenceLoss] = {
 }
 
 
+OPTIONS = (
+    *("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha"),
+    *("desirable_weight", "undesirable_weight"),
+)
+
+
+def call(loss: PreferenceLoss, logps: PairLogps, options: dict[str, float]) -> Tensor:
+    """The losses [P] under those of `options` that the function takes."""
+    taken = inspect.signature(loss.fn).parameters
+    return loss.fn(logps, **{name: value for name, value in options.items() if name in taken})
+
+
 # ---- f-divergences ---------------------------------------------------------------------------
 
 
 def f_scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
     """f'(u) of u = exp(logratios), which replaces log u in the margin (f-DPO, arXiv 2309.16240),
-    up to constants that a difference cancels.
+    with the constant that makes f'(1) 0. A difference cancels it, one of means per token (ipo,
+    sigmoid_norm) does not.
 
     alpha_divergence: f'(u) = (u^(alpha - 1) - 1) / (alpha - 1), the exponent held below 80 as TRL
     does; alpha 1 is reverse_kl.
@@ -286,136 +299,3 @@ def f_scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
         return math.log(2) + F.logsigmoid(logratios)
     assert divergence == "alpha_divergence"
     return torch.expm1(((alpha - 1) * logratios).clamp(max=80.0)) / (alpha - 1)
-
-
-# ---- losses by name --------------------------------------------------------------------------
-
-
-def load_losses(names: Sequence[str]) -> dict[str, PreferenceLoss]:
-    """The losses called `names`: ours, or the user's own under `module:function`.
-
-    A plain function is a loss of single pairs that reads the reference; the module may hold a
-    `PreferenceLoss` instead, to say otherwise. Raises `ConfigError`.
-    """
-    return {name: REGISTRY[name] if name in REGISTRY else _load_users(name) for name in names}
-
-
-def _load_users(name: str) -> PreferenceLoss:
-    module_name, _, attribute = name.partition(":")
-    here = os.getcwd()
-    adds = here not in sys.path  # a script's folder is on the path anyway, a command's is not
-    if adds:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"loss_type {name!r}: can't import {module_name!r}: {error}") from error
-    finally:
-        if adds:
-            sys.path.remove(here)
-    found = getattr(module, attribute, None)
-    if found is None:
-        nearest = did_you_mean(attribute, dir(module))
-        raise ConfigError(f"loss_type {name!r}: {module_name!r} has no {attribute!r}{nearest}")
-    given = found.fn if isinstance(found, PreferenceLoss) else found
-    if not callable(given):
-        raise ConfigError(f"loss_type {name!r} is a {type(given).__name__}, not a function")
-    fn = cast(Callable[..., Tensor], given)
-    parameters = _parameters(name, fn)
-    base = found.spec if isinstance(found, PreferenceLoss) else LossSpec(source=name)
-    loss = PreferenceLoss(fn, replace(base, parameters=parameters))
-    _try(name, loss)
-    return loss
-
-
-OPTIONS = (
-    *("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha"),
-    *("desirable_weight", "undesirable_weight"),
-)
-
-
-def _parameters(name: str, fn: Callable) -> tuple[str, ...]:
-    """Which of the loss options a user's function takes."""
-    first, *others = inspect.signature(fn).parameters.values()
-    for parameter in others:
-        given = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        if parameter.default is parameter.empty and (not given or parameter.name not in OPTIONS):
-            raise ConfigError(
-                f"loss_type {name!r} wants {parameter.name!r}; a loss is called as "
-                f"fn({first.name}, beta=…), and may take {', '.join(OPTIONS[1:])} too; give "
-                "anything else a default"
-            )
-    return tuple(p.name for p in others if p.name in OPTIONS[1:])
-
-
-def call(loss: PreferenceLoss, logps: PairLogps, options: dict[str, float]) -> Tensor:
-    """The losses [P] under those of `options` that the function takes."""
-    taken = inspect.signature(loss.fn).parameters
-    return loss.fn(logps, **{name: value for name, value in options.items() if name in taken})
-
-
-def _try(name: str, loss: PreferenceLoss) -> None:
-    """Calls a user's loss on four made-up pairs: its shape, its gradient, and whether a pair's
-    loss depends on that pair alone, without which packs would change the gradient."""
-    options = {
-        "beta": 0.1,
-        "label_smoothing": 0.1,
-        "discopop_tau": 0.05,
-        "simpo_gamma": 0.5,
-        "cpo_alpha": 1.0,
-        "desirable_weight": 1.0,
-        "undesirable_weight": 1.0,
-    }
-
-    def called(*i: float) -> Tensor:
-        pairs = _example(torch.tensor(i, dtype=torch.float64), not loss.spec.reference_free)
-        try:
-            return call(loss, pairs, options)
-        except Exception as error:
-            raise ConfigError(
-                f"loss_type {name!r} fails on made-up pairs"
-                f"{' without a reference' if loss.spec.reference_free else ''}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    losses = called(0, 1, 2, 3)
-    if not isinstance(losses, Tensor) or losses.shape != (4,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ConfigError(
-            f"loss_type {name!r} must return one loss a pair, [P]: of 4 pairs it made {got}; "
-            "the mean is taken outside"
-        )
-    if not losses.requires_grad or losses.dtype != torch.float64:
-        raise ConfigError(
-            f"loss_type {name!r} must be differentiable and keep the dtype of its inputs: it made "
-            f"{losses.dtype} {'with' if losses.requires_grad else 'without'} a gradient"
-        )
-    if loss.spec.scope == "step":
-        return
-    alone = torch.cat([called(i) for i in range(4)])
-    if not torch.allclose(losses, alone, rtol=1e-9, atol=1e-12, equal_nan=True):
-        raise ConfigError(
-            f"loss_type {name!r} gives a pair another loss in other company, so it needs the whole "
-            "step: make it fastdpo.losses.PreferenceLoss(fn, LossSpec(source=…, scope='step'))"
-        )
-
-
-def _example(i: Tensor, with_reference: bool) -> PairLogps:
-    logps: dict[str, Tensor] = {
-        "policy_chosen_logps": -7 - i,
-        "policy_rejected_logps": -5 - (i - 1.5) ** 2,
-        "ref_chosen_logps": -6.5 - 0.7 * i,
-        "ref_rejected_logps": -6 - 0.3 * i,
-        "chosen_lengths": 3 + i,
-        "rejected_lengths": 5 - i,
-        "chosen_nll": 7 + i,
-        "mean_chosen_length": torch.tensor(4.5, dtype=torch.float64),
-        "desirable": i % 2,
-    }
-    assert logps.keys() == {f.name for f in fields(PairLogps)}
-    for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_nll"):
-        logps[key].requires_grad_()
-    made = PairLogps(**logps)
-    if with_reference:
-        return made
-    return replace(made, ref_chosen_logps=None, ref_rejected_logps=None)

@@ -6,7 +6,6 @@ backward begins. So a loss that needs the whole step is computed once from all i
 and each pack is run again with its gradient. The losses themselves are in losses.py.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,10 +19,9 @@ from .batch import Pack
 from .config import DPOConfig
 from .errors import ConfigError
 from .loss_specs import PLAIN_NLL, check_loss_options, needs_reference
-from .losses import PairLogps, call, f_scores, kl_baseline, load_losses
+from .losses import PairLogps, call, f_scores, kl_baseline
 from .pair_logps import PairSums, pair_sums, token_gradient
-
-logger = logging.getLogger(__name__)
+from .users_losses import load_losses
 
 FUSED = ("sigmoid", "ipo", "hinge")
 
@@ -67,9 +65,6 @@ class Objective:
         self.losses = load_losses(args.loss_type)
         specs = {name: loss.spec for name, loss in self.losses.items()}
         check_loss_options(args, dict(specs))
-        plain = [name for name, spec in specs.items() if "label_smoothing" not in spec.parameters]
-        if args.label_smoothing and plain:
-            logger.info("label_smoothing has no meaning for %s in this mix", ", ".join(plain))
         self.loss_weights = args.loss_weights or [1.0] * len(specs)
         self.needs_reference = needs_reference(specs)
         self.needs_whole_step = any(spec.scope == "step" for spec in specs.values())

@@ -74,15 +74,18 @@ class TrainingOptions:
     label_smoothing: float = option(
         0.0,
         "Share of labels taken to be flipped, in [0, 0.5): cDPO with sigmoid; robust, exo_pair "
-        "(which needs it > 0), aot, aot_unpaired, simpo, cpo; those of a mix that take it.",
+        "(which needs it > 0), aot, aot_unpaired, simpo, cpo. All losses of a mix must take it.",
     )
     f_divergence_type: str = option(
-        "reverse_kl", "Divergence that holds the policy to the reference (f-DPO).", F_DIVERGENCES
+        "reverse_kl",
+        "Divergence that holds the policy to the reference (f-DPO); an sft in the mix has none.",
+        F_DIVERGENCES,
     )
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
     ld_alpha: Annotated[float, Bound(at_least=0, at_most=1)] | None = option(
         None,
-        "LD-DPO: weight of a response's tokens beyond the other's length; none and 1: all alike.",
+        "LD-DPO: weight of a response's tokens beyond the other's length; none and 1: all alike. "
+        "An sft in the mix counts every token.",
     )
     use_weighting: bool = option(
         False, "WPO: weigh pairs by the policy's own probability of them. Costs token statistics."

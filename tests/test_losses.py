@@ -9,8 +9,9 @@ import torch
 from fastdpo import DPOTrainer
 from fastdpo.data import tokenize_pairs
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.losses import REGISTRY, PairLogps, load_losses
+from fastdpo.losses import REGISTRY, PairLogps
 from fastdpo.objective import Objective
+from fastdpo.users_losses import load_losses
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
 from tests.tiny_trainer import bare_config, trained_on_rows
 
@@ -119,8 +120,10 @@ def test_a_users_loss_leaves_the_path_as_it_is(users, tmp_path, monkeypatch):
 
 
 def test_a_users_loss_takes_only_what_its_signature_names(users):
-    with pytest.raises(ConfigError, match="'label_smoothing' has no meaning"):
-        Objective(bare_config(loss_type=["users_losses:whole"], label_smoothing=0.1))
+    for mix in (["users_losses:whole"], ["sigmoid", "users_losses:whole"]):
+        with pytest.raises(ConfigError, match="'label_smoothing' has no meaning.*'users_losses:wh"):
+            Objective(bare_config(loss_type=mix, label_smoothing=0.1))
+    assert Objective(bare_config(loss_type=["sigmoid", "users_losses:mine"], label_smoothing=0.1))
 
 
 def rows_with(**columns) -> list[dict]:

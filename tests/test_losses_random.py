@@ -176,7 +176,8 @@ def cases(name: str):
 
 MIXES = [
     {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-    {"loss_type": ["robust", "aot", "sft"], "label_smoothing": 0.1, "ld_alpha": 0.5},
+    {"loss_type": ["robust", "aot"], "label_smoothing": 0.1, "ld_alpha": 0.5},
+    {"loss_type": ["aot_unpaired", "nca_pair", "sft"], "ld_alpha": 0.5},
     {"loss_type": ["exo_pair", "robust"], "label_smoothing": 0.3, "use_weighting": True},
     {"loss_type": ["ipo", "sft", "hinge"], "f_divergence_type": "js_divergence"},
     {"loss_type": ["aot", "aot_unpaired", "apo_zero"], "loss_weights": [1, 0, 3]},

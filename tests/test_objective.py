@@ -186,7 +186,8 @@ EXACT = {
     "exo_pair-ld": {"loss_type": ["exo_pair"], "label_smoothing": 0.1, "ld_alpha": 0.3},
     "mpo": MIX,
     "mpo-ld": {**MIX, "ld_alpha": 0.0},
-    "aot-sft": {"loss_type": ["aot", "sft"], "label_smoothing": 0.1},
+    "aot-sft": {"loss_type": ["aot", "sft"]},
+    "aot-smoothed": {"loss_type": ["aot", "aot_unpaired"], "label_smoothing": 0.1},
     "forward_kl": {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
     "alpha-ld": {
         "loss_type": ["robust"],

@@ -2,7 +2,7 @@
 
 fp32 on CPU, order of pairs fixed. TRL's batches are padded, unshared, and rounded in another
 order, so the runs agree to rounding, not to the bit. The prompts are given apart from the
-responses, and both trainers tokenize the text themselves. Real HH pairs where they are at hand.
+responses, and both trainers tokenize the text themselves. Real pairs: real_pairs.py.
 """
 
 import copy
@@ -13,15 +13,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from benchmarks import hh
 from fastdpo import DPOConfig, DPOTrainer
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.real_pairs import dialogues, tokenizer_of
+from tests.tiny import tiny_llama
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the peer to compare with")
 Dataset = pytest.importorskip("datasets").Dataset
 
 N_STEPS, PAIRS_PER_STEP, N_HELD_OUT = 20, 4, 16
-MAX_LENGTH = 96  # cuts some responses, and drops some pairs whose prompt fills it: both count
+MAX_LENGTH = 96  # of HH it cuts some responses, and drops some pairs whose prompt fills it
 
 # What rounding leaves. A token log-prob of size 6 errs by about 8 eps 6 (two layers, norms and a
 # log-sum-exp, in another order than the peer's), at random, so the sum over a response of 50 tokens
@@ -68,21 +68,14 @@ SHARED = {
 def texts() -> tuple[list[dict], list[dict]]:
     """Rows to train on, with some to spare for those that are dropped, and held-out rows."""
     wanted = N_STEPS * PAIRS_PER_STEP + N_HELD_OUT
-    try:
-        rows = hh.explicit_rows(hh.read_pairs())
-    except FileNotFoundError:
-        return tiny_rows(wanted)[:-N_HELD_OUT], tiny_rows(wanted)[-N_HELD_OUT:]
-    # Short enough for a quick test, in characters; MAX_LENGTH tokens still cut some of them.
-    rows = [row for row in rows if sum(map(len, row.values())) < 700][: wanted + 40]
+    # Short enough for a quick test, in characters; MAX_LENGTH tokens still cut some of HH's.
+    rows = [row for row in dialogues() if sum(map(len, row.values())) < 700][: wanted + 40]
     return rows[:-N_HELD_OUT], rows[-N_HELD_OUT:]
 
 
 @functools.cache
 def tokenizer():
-    train, held_out = texts()
-    if "Human:" not in train[0]["prompt"]:
-        return tiny_tokenizer(bos=False)
-    return hh.train_tokenizer((t for row in train for t in row.values()), vocab_size=1000)
+    return tokenizer_of(texts()[0], vocab_size=1000)
 
 
 def model():
