@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastdpo_kernels import linear_logps
 
+from .harness import timed
+
 MIB = 2**20
 STATISTICS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPOTrainer asks its head for
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,7 +38,8 @@ class Implementation:
     per_token: bool = True
 
 
-# The order of the table. "gemms" is no implementation but the limit: bare library products.
+# The order of the table. "gemms" is no implementation but the limit: bare library products,
+# on a CPU those of the faster library.
 IMPLEMENTATIONS = (
     Implementation("fastdpo"),
     Implementation("gemms"),
@@ -131,7 +134,24 @@ def _import(module: str, package: str):
 
 def bare_gemms(mode: str, hidden: Tensor, weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """The library products that no method can do without: [N, V] = H W^T; for gradients E W and
-    E^T H besides. Their results are allocated beforehand."""
+    E^T H besides. On a CPU two libraries have them, and tiles may suit them better than whole
+    matrices: whichever way is the fastest here, in one call each after a first, is the limit.
+    Results of torch.mm are allocated beforehand."""
+    ways = [_whole_products(mode, hidden, weight)]
+    if hidden.device.type == "cpu":
+        ways.append(_tiled_products(mode, hidden, weight, lambda a, b: torch.mm(a, b.mT)))
+        if hidden.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            linear = torch.ops.mkldnn._linear_pointwise
+            products = _tiled_products(
+                mode, hidden, weight, lambda a, b: linear(a, b, None, "none", [], "")
+            )
+            ways.append(products)
+    if len(ways) == 1:
+        return ways[0]
+    return min(ways, key=lambda way: timed(way, hidden.device, repeats=1, warmup=1)[0])
+
+
+def _whole_products(mode: str, hidden: Tensor, weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     torch.mm(hidden, weight.mT, out=logits)
     d_hidden = torch.empty_like(hidden)
@@ -143,6 +163,24 @@ def bare_gemms(mode: str, hidden: Tensor, weight: Tensor) -> Callable[[], tuple[
             torch.mm(logits, weight, out=d_hidden)
         if d_weight is not None:
             torch.mm(logits.mT, hidden, out=d_weight)
+        return ()
+
+    return run
+
+
+def _tiled_products(
+    mode: str, hidden: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """In tiles of 1024 x 2048, a @ b.T by `product` of a [m, k] and b [n, k]; nothing is summed."""
+
+    def run() -> tuple[Tensor, ...]:
+        for w in weight.split(2048):
+            for h in hidden.split(1024):
+                tile = product(h, w)
+                if mode != "forward":
+                    product(tile, w.mT)
+                if mode == "trained":
+                    product(h.mT, tile.mT)
         return ()
 
     return run

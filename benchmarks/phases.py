@@ -29,7 +29,8 @@ BY_NAME = (
     ("gathers and copies", ("gatherrows", "index_select", "embedding", "memcpy", "memset")),
 )  # fmt: skip
 # What an operator tells about itself where neither a name above nor a module does.
-GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_")
+GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_",
+            "mkldnn::_linear_pointwise")  # fmt: skip
 COPY_OPS = ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::clone", "aten::fill_")
 
 

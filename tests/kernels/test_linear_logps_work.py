@@ -269,7 +269,11 @@ class CountMatmuls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.addmm_, torch.ops.aten.addmm):
             self.products += result.numel() * args[1].shape[1]
-        elif func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+        elif func.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.bmm,
+            torch.ops.mkldnn._linear_pointwise,
+        ):
             self.products += result.numel() * args[0].shape[-1]
         return result
 

@@ -3,10 +3,12 @@
 What both ways to call it share, eager (`linear_logps.py`) and compiled (`linear_logps_graph.py`).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .impls import STATS, ForwardResult, choose_impl, is_transformed, log_choice
 from .linear_logps_eager import is_tiny
+from .linear_logps_torch_gemm import ieee_matmul
 
 NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -71,7 +74,7 @@ class Call:
         keep: bool,
     ) -> ForwardResult:
         """`keep`: the exponentials may stay for `weight_grad`, where the workspace has room."""
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with _undisturbed(hidden.device):
             return self._module.forward(
                 hidden.detach().to(self.rounded),
                 weight.detach(),
@@ -97,7 +100,7 @@ class Call:
         grad_logps: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """dW [V, D], or the adapter's [V, r], and db [V] (None if not asked for)."""
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with _undisturbed(hidden.device):
             return self._module.weight_grad(
                 hidden.detach().to(self.rounded),
                 weight.detach(),
@@ -123,6 +126,13 @@ class Call:
             "temperature": self.temperature,
             "ignore_index": self.ignore_index,
         }
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, no fp32 products in a lower precision."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), ieee_matmul(device):
+        yield
 
 
 def scale_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

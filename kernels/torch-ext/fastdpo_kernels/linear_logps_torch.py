@@ -18,8 +18,8 @@ from .impls import ForwardResult, TokenStats
 from .linear_logps_torch_tiles import (
     Head,
     accumulate,
+    accumulate_transposed,
     exponents,
-    ieee_matmul,
     one_minus_square,
     put_target,
     row_max,
@@ -115,38 +115,37 @@ def forward(
     kept = new(n, v) if kept_bytes else None
     rows, cols = tile_shape(head, n, workspace_bytes - kept_bytes, tiles)
     buffer = new(tiles, max(rows * cols, v if kept_bytes else 0))
-    with ieee_matmul(device):
-        mean = _mean_row(head, cols) if "mean_logits" in stats and softcap is None else None
-        job = _Pass(head, buffer, cols, stats, need_hidden_grad, mean)
+    mean = _mean_row(head, cols) if "mean_logits" in stats and softcap is None else None
+    job = _Pass(head, buffer, cols, stats, need_hidden_grad, mean)
 
-        def run(index: Tensor | slice, at_max: bool, store: Tensor | None) -> Tensor:
-            skip = ignored[index]
-            y = targets[index].masked_fill(skip, 0)
-            h = head.operand(hidden[index]).masked_fill(skip[:, None], 0)
-            done = _run_rows(job, h, y, at_max, store)
-            logps[index] = done.logps.masked_fill(skip, 0)
-            if hidden_grad is not None and done.grad is not None:
-                hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(hidden.dtype)
-            for whole, part in zip(saved, done.saved, strict=True):
-                whole[index] = part
-            for name, part in done.stats.items():
-                found[name][index] = part.masked_fill(skip, 0)
-            return done.others
+    def run(index: Tensor | slice, at_max: bool, store: Tensor | None) -> Tensor:
+        skip = ignored[index]
+        y = targets[index].masked_fill(skip, 0)
+        h = head.operand(hidden[index]).masked_fill(skip[:, None], 0)
+        done = _run_rows(job, h, y, at_max, store)
+        logps[index] = done.logps.masked_fill(skip, 0)
+        if hidden_grad is not None and done.grad is not None:
+            hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(hidden.dtype)
+        for whole, part in zip(saved, done.saved, strict=True):
+            whole[index] = part
+        for name, part in done.stats.items():
+            found[name][index] = part.masked_fill(skip, 0)
+        return done.others
 
-        for start, end in spans(n, rows):
-            some = slice(start, end)
-            others = run(some, not fixed, None if kept is None else kept[some])
-            # Not a number counts as overflow: the other frame shows whether it is the row's own.
-            overflow = ~(others < OVERFLOW)
-            if fixed and overflow.any():
-                again = start + overflow.nonzero().squeeze(1)
-                if kept is None:
-                    run(again, True, None)
-                else:  # whole rows of E, in the buffer's first tile
-                    for part in again.split(buffer.shape[1] // v):
-                        store = views(buffer[:1], len(part), v)[0]
-                        run(part, True, store)
-                        kept.index_copy_(0, part, store)
+    for start, end in spans(n, rows):
+        some = slice(start, end)
+        others = run(some, not fixed, None if kept is None else kept[some])
+        # Not a number counts as overflow: the other frame shows whether it is the row's own.
+        overflow = ~(others < OVERFLOW)
+        if fixed and overflow.any():
+            again = start + overflow.nonzero().squeeze(1)
+            if kept is None:
+                run(again, True, None)
+            else:  # whole rows of E, in the buffer's first tile
+                for part in again.split(buffer.shape[1] // v):
+                    store = views(buffer[:1], len(part), v)[0]
+                    run(part, True, store)
+                    kept.index_copy_(0, part, store)
     if kept is not None:
         saved.append(kept)
     return ForwardResult(
@@ -195,37 +194,36 @@ def weight_grad(
     budget = workspace_bytes - (kept[0].nbytes if kept else 0)
     rows, cols = tile_shape(head, n, budget, tiles)
     buffer = torch.empty(tiles, rows * cols, dtype=head.dtype, device=hidden.device)
-    with ieee_matmul(hidden.device):
-        for v0, v1 in spans(v, cols):
-            w, b = head.rows(v0, v1)
-            whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
-            total = grad[v0:v1] if whole else factor.new_empty(v1 - v0, grad.shape[1])
-            total.zero_()
-            bias_total = factor.new_zeros(v1 - v0)
-            for r0, r1 in spans(n, rows):
-                skip, k = ignored[r0:r1], factor[r0:r1]
-                h = head.operand(hidden[r0:r1]).masked_fill(skip[:, None], 0)
-                if kept:
-                    tile = kept[0][r0:r1, v0:v1]
-                else:
-                    tile, *rest = views(buffer, r1 - r0, v1 - v0)
-                    cap = rest[0] if rest else None
-                    exponents(head, h, w, b, frame[r0:r1], tile, cap)
-                    tile.exp_()
-                    if cap is not None:
-                        tile.mul_(one_minus_square(cap))
-                    y = targets[r0:r1].masked_fill(skip, 0)
-                    put_target(tile, y - v0, target_e[r0:r1])
-                scaled = h[:, first:].to(head.dtype).mul(k[:, None])
-                if head.halves and head.rounded == torch.bfloat16:
-                    accumulate(head, total, tile.mT, scaled.to(head.rounded))
-                else:  # fp16 has no room for small gradients: fp32
-                    total.addmm_(tile.mT, scaled)
-                bias_total.addmv_(tile.mT, k)
-            if not whole:
-                grad[v0:v1] = total
-            if bias_grad is not None:
-                bias_grad[v0:v1] = bias_total
+    for v0, v1 in spans(v, cols):
+        w, b = head.rows(v0, v1)
+        whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
+        total = grad[v0:v1] if whole else factor.new_empty(v1 - v0, grad.shape[1])
+        total.zero_()
+        bias_total = factor.new_zeros(v1 - v0)
+        for r0, r1 in spans(n, rows):
+            skip, k = ignored[r0:r1], factor[r0:r1]
+            h = head.operand(hidden[r0:r1]).masked_fill(skip[:, None], 0)
+            if kept:
+                tile = kept[0][r0:r1, v0:v1]
+            else:
+                tile, *rest = views(buffer, r1 - r0, v1 - v0)
+                cap = rest[0] if rest else None
+                exponents(head, h, w, b, frame[r0:r1], tile, cap)
+                tile.exp_()
+                if cap is not None:
+                    tile.mul_(one_minus_square(cap))
+                y = targets[r0:r1].masked_fill(skip, 0)
+                put_target(tile, y - v0, target_e[r0:r1])
+            scaled = h[:, first:].to(head.dtype).mul(k[:, None])
+            if head.halves and head.rounded == torch.bfloat16:
+                accumulate(head, total, tile.mT, scaled.to(head.rounded))
+            else:  # fp16 has no room for small gradients: fp32
+                accumulate_transposed(total, tile, scaled)
+            bias_total.addmv_(tile.mT, k)
+        if not whole:
+            grad[v0:v1] = total
+        if bias_grad is not None:
+            bias_grad[v0:v1] = bias_total
     return grad, bias_grad
 
 

@@ -3,7 +3,6 @@
 What a pass over the tiles computes is in `linear_logps_torch.py`.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS, COLS = 1024, 4096  # the largest tile; CPU GEMMs gain nothing from a larger one
+from .linear_logps_torch_gemm import has_onednn, onednn_product
+
+ROWS, COLS = 1024, 2048  # the largest tile; CPU GEMMs gain nothing from a larger one
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,31 @@ def exponents(
 ) -> None:
     """tile [k, w] = z - r; under a softcap, `cap` [k, w] gets the tanh."""
     if cap is None:
-        if b is None:
-            tile.copy_(-r[:, None])
-        else:
-            torch.sub((head.slope * b)[None, :], r[:, None], out=tile)
-        _add_product(head, tile, h, w, head.slope)
+        _affine(head, h, w, b, head.slope, -r[:, None], tile)
         return
     assert head.softcap is not None
-    inner = head.scale / head.softcap
-    if b is None:
-        cap.zero_()
-    else:
-        cap.copy_(inner * b)
-    _add_product(head, cap, h, w, inner)
+    _affine(head, h, w, b, head.scale / head.softcap, torch.zeros_like(r)[:, None], cap)
     cap.tanh_()
     torch.mul(cap, head.softcap / head.temperature, out=tile)
     tile.sub_(r[:, None])
+
+
+def _affine(
+    head: Head, h: Tensor, w: Tensor, b: Tensor | None, factor: float, start: Tensor, out: Tensor
+) -> None:
+    """out [k, w] = start + factor (h w^T + b), start [k, 1]."""
+    if b is not None:
+        torch.add(start, b, alpha=factor, out=out)
+    if head.halves:
+        product = torch.mm(h, w.mT, out_dtype=head.dtype)
+    else:
+        product = onednn_product(h, w)
+    if product is not None:
+        torch.add(start if b is None else out, product, alpha=factor, out=out)
+        return
+    if b is None:
+        out.copy_(start)
+    out.addmm_(h, w.mT, alpha=factor)
 
 
 def row_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
@@ -117,22 +127,29 @@ def row_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
     return top
 
 
-def _add_product(head: Head, tile: Tensor, h: Tensor, w: Tensor, factor: float) -> None:
-    """tile [k, w] += factor h w^T."""
-    if head.halves:
-        tile.add_(torch.mm(h, w.mT, out_dtype=head.dtype), alpha=factor)
-    else:
-        tile.addmm_(h, w.mT, alpha=factor)
-
-
 def accumulate(head: Head, grad: Tensor, e: Tensor, w: Tensor) -> None:
     """grad += E @ w, summed in fp32. On a GPU, where E <= 1, a 16-bit w meets E in its dtype."""
     if not head.halves:
-        grad.addmm_(e, w)
+        product = onednn_product(e, w.mT)
+        if product is None:
+            grad.addmm_(e, w)
+        else:
+            grad.add_(product)
     elif head.rounded == torch.float16:  # whose range of 2^-24 to 2^16 E is moved to the middle of
         grad.add_(torch.mm((e * 2.0**14).half(), w, out_dtype=head.dtype), alpha=2.0**-14)
     else:
         grad.add_(torch.mm(e.to(head.rounded), w, out_dtype=head.dtype))
+
+
+def accumulate_transposed(total: Tensor, e: Tensor, h: Tensor) -> None:
+    """total [w, D] += e^T @ h of e [k, w] and h [k, D], in their dtype."""
+    if has_onednn(e.device, e.dtype):
+        e = e.contiguous()
+    product = onednn_product(h.mT, e.mT)  # [D, w]: this way round, no tile is transposed
+    if product is None:
+        total.addmm_(e.mT, h)
+    else:
+        total.add_(product.mT)
 
 
 def put_target(tile: Tensor, column: Tensor, value: Tensor) -> None:
@@ -182,25 +199,12 @@ def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
 
 
 def tile_bytes(head: Head, rows: int, cols: int, tiles: int) -> int:
-    """Tiles (two more where a 16-bit GEMM's operand and result are apart), and beside them: h
-    twice, W[y], their product and the gradient; W twice and its gradient, unless as they are."""
+    """Tiles (two more where a 16-bit GEMM's operand and result are apart; one for oneDNN's result
+    or operand), and beside them: h twice, W[y], their product and the gradient; W twice and its
+    gradient, unless as they are, and oneDNN's result of that."""
     d = head.width
-    tiles += 2 * head.halves
+    apart = has_onednn(head.weight.device, head.dtype)
+    tiles += 2 * head.halves + apart
     as_it_is = head.adapter is None and head.weight.dtype == head.rounded == head.dtype
-    copies = 0 if as_it_is else 3
+    copies = (0 if as_it_is else 3) + apart
     return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + copies * cols * d)
-
-
-@contextlib.contextmanager
-def ieee_matmul(device: torch.device) -> Iterator[None]:
-    """Keeps TF32 out of fp32 GEMMs."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = precision
