@@ -13,6 +13,7 @@ from fastdpo_kernels import preference_loss_triton as driver
 from fastdpo_kernels.preference_loss import preference_loss
 from fastdpo_kernels.reference import preference_loss_reference
 from tests.kernels.interpreter import patch_once
+from tests.kernels.test_preference_loss import UNSEEN, unseen
 
 patch_once()
 LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
@@ -132,6 +133,21 @@ def test_what_is_not_a_number_stays_one(loss_type, label_smoothing, per_token):
     out = driver.forward(policy, cu, pairs, *refs, **options)
     assert out.losses.isnan().tolist() == [False, True, True, True]
     assert out.logps.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_what_nobody_has_looked_at_stays_inside_its_memory(name, loss_type, per_token):
+    policy, cu, pairs, reference, spoilt = unseen(name)
+    # Before and behind the log-probs lies what must not be read.
+    policy, reference = (torch.cat([t.new_full((9,), 1e30)] * 2 + [t]) for t in (policy, reference))
+    policy, reference = (torch.cat([t, t.new_full((9,), 1e30)])[18:27] for t in (policy, reference))
+    refs = (reference, None) if per_token else (None, torch.zeros(3))
+    options = {"beta": 0.1, "loss_type": loss_type, "label_smoothing": 0.0}
+    out = driver.forward(policy, cu, pairs, *refs, **options)
+    assert out.losses.isnan().nonzero().flatten().tolist() == spoilt
+    assert (out.logps[~out.logps.isnan()].abs() < 100).all()
 
 
 def test_no_pairs_and_no_responses():

@@ -1,6 +1,5 @@
 """What `linear_logps` accepts, converts and refuses: dtypes, autocast, impl, bad input."""
 
-import importlib
 import logging
 import math
 from collections import deque
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fastdpo_kernels import (
     impls,
+    late,
     linear_logps,
     linear_logps_call,
 )
@@ -193,9 +193,8 @@ def test_other_ignore_indices():
         )
 
 
-def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived():
+def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived(monkeypatch):
     """On a GPU the host learns of a bad target later; here with a stand-in for its event."""
-    module = importlib.import_module("fastdpo_kernels.linear_logps_call")
 
     class Event:
         ready = False
@@ -203,16 +202,23 @@ def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived():
         def query(self):
             return self.ready
 
-    event = Event()
-    module._pending.append((event, torch.tensor([0, 0, 5]), 33, -100))
-    module._pending.append((event, torch.tensor([1, 7, 40]), 33, -100))
-    module.raise_bad_targets()
+    event, looks = Event(), []
+
+    def keep(look, report):
+        looks.append(look)
+        late._pending.append((event, look, (report,)))
+
+    monkeypatch.setattr(linear_logps_call, "check_later", keep)
+    targets, bad = linear_logps_call.check_targets(torch.tensor([0, 40], device="meta"), 33, -100)
+    assert bad is not None and targets.device.type == "meta"
+    late._pending.clear()
+    late._pending.append((event, looks[0], (torch.tensor([0, 0, 5]),)))
+    late._pending.append((event, looks[0], (torch.tensor([1, 7, 40]),)))
+    late.raise_late()
     event.ready = True
     with pytest.raises(ValueError, match=r"earlier call.*targets\[7\] = 40 is outside \[0, V=33\)"):
-        module.raise_bad_targets()
-    assert not module._pending
-    targets, bad = module.check_targets(torch.tensor([0, 40], device="meta"), 33, -100)
-    assert bad is not None and targets.device.type == "meta"
+        late.raise_late()
+    assert not late._pending
 
 
 def test_reports_wait_while_a_cuda_graph_is_captured(monkeypatch):
@@ -224,10 +230,9 @@ def test_reports_wait_while_a_cuda_graph_is_captured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    report = (Event(), torch.tensor([1, 7, 40]), 33, -100)
-    monkeypatch.setattr(linear_logps_call, "_pending", deque([report]))
-    linear_logps_call.raise_bad_targets()
-    assert len(linear_logps_call._pending) == 1
+    monkeypatch.setattr(late, "_pending", deque([(Event(), print, ())]))
+    late.raise_late()
+    assert len(late._pending) == 1
 
 
 @pytest.mark.gpu

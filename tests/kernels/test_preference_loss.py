@@ -3,6 +3,7 @@
 The Triton implementation has its own tests.
 """
 
+import importlib
 import math
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo_kernels import preference_loss
+from fastdpo_kernels import late, preference_loss, preference_loss_torch
 from fastdpo_kernels.reference import preference_loss_reference
+
+preference_loss_module = importlib.import_module("fastdpo_kernels.preference_loss")
 
 LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 # Empty responses first, last and between; pairs that share responses; response 4 in no pair.
@@ -327,3 +330,104 @@ def test_bad_arguments_are_named(name):
     with pytest.raises(error, match=message) as caught:
         preference_loss(*args, **{"beta": 0.1, **options})
     assert str(caught.value).startswith("preference_loss: ") and "\n" not in str(caught.value)
+
+
+# What is wrong with bounds or pairs, when nobody has looked at them, and which pairs it spoils. The
+# lengths are [4, 2, 3], the pairs [0, 2], [1, 0], [2, 1].
+UNSEEN = {
+    "nothing": ([0, 4, 6, 9], None, []),
+    "past the end": ([0, 4, 6, 10**6], None, [0, 2]),
+    "before the start": ([-7, 4, 6, 9], None, [0, 1]),
+    "falling": ([0, 4, 2, 9], None, [1, 2]),
+    "far falling": ([0, 2**31 - 1, -(2**31), 9], None, [0, 1, 2]),
+    "no such response": ([0, 4, 6, 9], [[0, 3], [-1, 0], [2, 1]], [0, 1]),
+    "far away": ([0, 4, 6, 9], [[0, 2], [2**62, 0], [2, -(2**62)]], [1, 2]),
+}
+
+
+def unseen(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """token_logps, cu_responses, pairs, ref_token_logps, and the pairs that are NaN."""
+    bounds, pairs, spoilt = UNSEEN[name]
+    token_logps, _, ref = pack([4, 2, 3])
+    pairs = torch.tensor(pairs or [[0, 2], [1, 0], [2, 1]])
+    return token_logps, torch.tensor(bounds, dtype=torch.int32), pairs, ref, spoilt
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("by_token", [True, False])
+def test_what_nobody_has_looked_at_stays_inside_its_memory(name, loss_type, by_token, monkeypatch):
+    """As on a GPU: NaN where there is nothing to compute, the rest as ever, no access outside."""
+    token_logps, bounds, pairs, ref, spoilt = unseen(name)
+    refs = (ref, None) if by_token else (None, torch.zeros(3))
+    options = {"beta": 0.1, "loss_type": loss_type, "label_smoothing": 0.0}
+
+    class Elsewhere(torch.Tensor):
+        """On a CPU, and says otherwise."""
+
+        device = torch.device("cuda")  # pyright: ignore[reportAssignmentType]
+
+    there = token_logps.as_subclass(Elsewhere)
+    out = preference_loss_torch.forward(there, bounds, pairs, *refs, **options)
+    _, whole, _ = pack([4, 2, 3])
+    rest = [p for p in range(3) if p not in spoilt]
+    want = preference_loss_torch.forward(token_logps, whole, pairs[rest], *refs, **options)
+    assert out.losses.isnan().nonzero().flatten().tolist() == spoilt
+    assert out.logps.shape == (3,)
+    if name == "falling":
+        return  # responses overlap: whose tokens they are is anybody's guess
+    for field, value in vars(out).items():
+        if field != "logps":
+            assert torch.equal(value[rest].as_subclass(Tensor), getattr(want, field)), field
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_gradients_of_what_nobody_has_looked_at(name):
+    _, bounds, _, _, spoilt = unseen(name)
+    values = torch.tensor([1.0, 2.0, 3.0])
+    spread = preference_loss_module._spread(values, bounds, 9)
+    assert spread.shape == (9,) and set(spread.tolist()) <= {1.0, 2.0, 3.0}
+    if not spoilt:
+        assert torch.equal(spread, values.repeat_interleave(bounds.diff()))
+    assert torch.equal(preference_loss_module._spread(values[:0], bounds[:1], 4), torch.zeros(4))
+
+
+def test_a_devices_late_report_of_bad_bounds_is_raised_when_it_has_arrived(monkeypatch):
+    """With a stand-in for the copies of a GPU's tensors and for their event."""
+
+    class Arrived:
+        def query(self):
+            return True
+
+    def keep(look, *tensors):
+        late._pending.append((Arrived(), look, copies))
+
+    monkeypatch.setattr(preference_loss_module, "check_later", keep)
+    for name, message in {
+        "past the end": r"in an earlier call, .* from 0 to N=9, got 0 to 1000000",
+        "falling": "falls from 4 to 2 at response 1",
+        "no such response": r"pairs\[0\] = \[0, 3\] names a response outside \[0, 3\)",
+    }.items():
+        _, *copies, _, _ = unseen(name)
+        preference_loss_module._check_values(*(t.to("meta") for t in copies), 9)
+        with pytest.raises(ValueError, match=message):
+            late.raise_late()
+        assert not late._pending
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_bad_bounds_on_a_gpu_give_nan_and_then_an_error(name, impl):
+    *inputs, spoilt = unseen(name)
+    token_logps, bounds, pairs, ref = (t.cuda() for t in inputs)
+    token_logps.requires_grad_()
+    out = preference_loss(token_logps, bounds, pairs, ref, beta=0.1, impl=impl)
+    (grad,) = torch.autograd.grad(out.losses.nansum(), token_logps)
+    torch.cuda.synchronize()
+    assert out.losses.isnan().nonzero().flatten().tolist() == spoilt and grad.shape == (9,)
+    if spoilt:
+        with pytest.raises(ValueError, match="in an earlier call, preference_loss"):
+            late.raise_late()
+    late.raise_late()

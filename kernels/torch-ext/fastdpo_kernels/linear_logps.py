@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .impls import TokenStats
+from .late import raise_late
 from .linear_logps_call import (
     Call,
     Lora,
     check,
     check_targets,
-    raise_bad_targets,
     scale_rows,
 )
 from .linear_logps_graph import linear_logps_in_graph
@@ -219,7 +219,7 @@ class _LinearLogps(torch.autograd.Function):
         grad_logps = grads[0]
         if grad_logps is None:
             return (None,) * 7
-        raise_bad_targets()
+        raise_late()
         call: Call = ctx.call
         unscaled, anchor, hidden, weight, bias, adapter, targets, *saved = ctx.saved_tensors
         d_hidden = d_trained = d_bias = None

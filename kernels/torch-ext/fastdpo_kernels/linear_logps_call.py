@@ -5,9 +5,9 @@ What both ways to call it share, eager (`linear_logps.py`) and compiled (`linear
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .impls import STATS, ForwardResult, choose_impl, is_transformed, log_choice
+from .late import check_later, raise_late
 from .linear_logps_eager import is_tiny
 from .linear_logps_torch_gemm import ieee_matmul
 
@@ -279,41 +280,24 @@ def check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, T
             row = int(bad.nonzero()[0])
             raise ValueError(_bad_target(row, int(targets[row]), v, ignore_index))
         return targets, None
-    raise_bad_targets()
+    raise_late()
     if len(targets) == 0:
         return targets, None
-    if targets.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        row = bad.int().argmax(0, keepdim=True)  # [1]: gathered, for an index would be waited for
-        report = torch.cat([bad.gather(0, row).long(), row, targets.gather(0, row)])
-        host = torch.empty(3, dtype=torch.int64, pin_memory=True)
-        host.copy_(report, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(targets.device))
-        _pending.append((done, host, v, ignore_index))
+    row = bad.int().argmax(0, keepdim=True)  # [1]: gathered, for an index would be waited for
+    report = torch.cat([bad.gather(0, row).long(), row, targets.gather(0, row)])
+    check_later(functools.partial(_look, v, ignore_index), report)
     return targets.masked_fill(bad, ignore_index), bad
+
+
+def _look(v: int, ignore_index: int, report: Tensor) -> None:
+    found, row, target = report.tolist()
+    if found:
+        raise ValueError(_bad_target(row, target, v, ignore_index))
 
 
 def outside(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     """Which targets are neither in the vocabulary nor ignored: [N] bool."""
     return (targets != ignore_index) & ((targets < 0) | (targets >= v))
-
-
-# Reports on their way from a GPU, oldest first.
-_pending: deque[tuple[Any, Tensor, int, int]] = deque()
-
-
-def raise_bad_targets() -> None:
-    """Raises for a bad target of an earlier call whose report has arrived; waits for none.
-
-    Asking an event would spoil a CUDA graph that is being captured: reports wait until after.
-    """
-    if _pending and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return
-    while _pending and _pending[0][0].query():
-        _, host, v, ignore_index = _pending.popleft()
-        found, row, target = host.tolist()
-        if found:
-            raise ValueError("in an earlier call, " + _bad_target(row, target, v, ignore_index))
 
 
 def _bad_target(row: int, target: int, v: int, ignore_index: int) -> str:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .linear_logps_call import TRANSFORMED, Call, check_targets, outside, raise_bad_targets
+from .late import raise_late
+from .linear_logps_call import TRANSFORMED, Call, check_targets, outside
 
 _NAMESPACE = (__package__ or "fastdpo_kernels").replace(".", "_")
 
@@ -120,7 +121,7 @@ def _weight_grad(
     """[dW [V, D] or the adapter's gradient [V, r], db [V] if due]."""
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
-    raise_bad_targets()
+    raise_late()
     targets = targets.masked_fill(outside(targets, weight.shape[0], ignore_index), ignore_index)
     grads = _call(hidden, weight, flat).weight_grad(
         hidden, weight, targets, bias, adapter, tuple(saved), grad_logps

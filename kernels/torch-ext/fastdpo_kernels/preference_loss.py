@@ -6,6 +6,7 @@ backward, here, is a sum over the pairs that share a response, a gather to its t
 Losses of other kinds are functions of `logps`, not ops.
 """
 
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .impls import PreferenceForward, choose_impl, is_transformed
+from .late import check_later, raise_late
 from .reference import preference_loss_reference
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -74,13 +76,13 @@ def preference_loss(
 
     Sums over tokens are fp64 and in a fixed order: results are bitwise repeatable. Only
     `token_logps` gets a gradient, once: double backward raises. torch.compile takes it into its
-    graph as one op (all but `impl="reference"`). On a GPU the host does not wait to look at
-    `cu_responses` and `pairs`: that they are in bounds is the caller's duty there (in Triton a pair
-    that names no response gives NaN).
+    graph as one op (all but `impl="reference"`).
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other or lie outside their domain,
-            naming both sides.
+            naming both sides. What is wrong with the values of `cu_responses` or `pairs` is named
+            at once on a CPU; on a GPU, which is not waited for, such a response or pair gives NaN
+            and a later call raises.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     _check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
@@ -95,8 +97,7 @@ def preference_loss(
         losses, *rest = cast(Any, _in_graph)(*inputs, *options.values(), impl)
         chosen_rewards, rejected_rewards, logps, *_ = (each.detach() for each in rest)
         return PreferenceOutput(_mean(losses), losses, chosen_rewards, rejected_rewards, logps)
-    if token_logps.device.type == "cpu":
-        _check_values(cu_responses, pairs, len(token_logps))
+    _check_values(cu_responses, pairs, len(token_logps))
     if impl == "reference":
         result = preference_loss_reference(*inputs, **options)
         loss, losses = _mean(result.losses), result.losses
@@ -137,6 +138,7 @@ class _PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        raise_late()
         grad_loss, grad_losses = grads
         token_logps, cu_responses, pairs, chosen_slope, rejected_slope = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
@@ -165,7 +167,19 @@ def _token_grad(
     sides = torch.cat([g * chosen_slope, g * rejected_slope])  # [2P]
     responses = torch.cat([pairs[:, 0], pairs[:, 1]])
     per_response = _sum_by(responses, sides, len(cu_responses) - 1).to(dtype)  # [R]
-    return per_response.repeat_interleave(cu_responses.diff(), output_size=n)
+    if g.device.type == "cpu":
+        return per_response.repeat_interleave(cu_responses.diff(), output_size=n)
+    return _spread(per_response, cu_responses, n)
+
+
+def _spread(values: Tensor, bounds: Tensor, n: int) -> Tensor:
+    """[R] -> [N], each token that of its response; inside its memory whatever `bounds` [R + 1] are,
+    for nobody has looked at them."""
+    if len(values) == 0:
+        return values.new_zeros(n)
+    tokens = torch.arange(n, dtype=bounds.dtype, device=bounds.device)
+    response = torch.searchsorted(bounds.contiguous(), tokens, right=True) - 1
+    return values[response.clamp_(0, len(values) - 1)]
 
 
 # ---- in a graph of torch.compile: opaque ops, values checked when it runs
@@ -186,8 +200,7 @@ def _in_graph(
     impl: str,
 ) -> list[Tensor]:
     """The fields of a `PreferenceForward`, in order; gradients go through the losses alone."""
-    if token_logps.device.type == "cpu":
-        _check_values(cu_responses, pairs, len(token_logps))
+    _check_values(cu_responses, pairs, len(token_logps))
     result = _forward(
         token_logps, cu_responses, pairs, ref_token_logps, ref_logps,
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, impl=impl,
@@ -337,7 +350,15 @@ def _check(
 
 
 def _check_values(cu_responses: Tensor, pairs: Tensor, n: int) -> None:
-    """What can be seen without waiting for a device."""
+    """At once on a CPU; what lies on a GPU is looked at later."""
+    if cu_responses.device.type == "cpu":
+        _look(n, cu_responses, pairs)
+    else:
+        raise_late()
+        check_later(functools.partial(_look, n), cu_responses, pairs)
+
+
+def _look(n: int, cu_responses: Tensor, pairs: Tensor) -> None:
     r = len(cu_responses) - 1
     first, last = int(cu_responses[0]), int(cu_responses[-1])
     if first != 0 or last != n:

@@ -26,13 +26,16 @@ _HINGE: tl.constexpr = tl.constexpr(LOSSES["hinge"])
 
 @triton.jit
 def _response(
-    response, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+    response, n_responses, n_tokens, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
     stride_token, stride_ref_token, stride_ref, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob, log-ratio and length of one response, fp64; NaN for one that does not exist."""
+    """Log-prob, log-ratio and length of one response, fp64; NaN for one that does not exist, or
+    whose tokens do not."""
     ok = (response >= 0) & (response < n_responses)
     start = tl.load(cu_ptr + response, mask=ok, other=0)
     end = tl.load(cu_ptr + response + 1, mask=ok, other=0)
+    ok = ok & (start >= 0) & (start <= end) & (end <= n_tokens)
+    end = tl.where(ok, end, start)
     logps = tl.zeros((BLOCK,), tl.float64)
     ratio = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
@@ -43,14 +46,13 @@ def _response(
         if ref_token_ptr is not None:
             ref = tl.load(ref_token_ptr + at64 * stride_ref_token, mask=at < end, other=0.0)
             ratio += token - ref.to(tl.float64)
-    total = tl.sum(logps, 0)
+    total = tl.where(ok, tl.sum(logps, 0), float("nan"))
     if ref_token_ptr is not None:
         difference = tl.sum(ratio, 0)
     else:
         ref = tl.load(ref_logps_ptr + response * stride_ref, mask=ok, other=0.0)
         difference = total - ref.to(tl.float64)
-    difference = tl.where(ok, difference, float("nan"))
-    return total, difference, tl.maximum(end - start, 1).to(tl.float64)
+    return total, tl.where(ok, difference, float("nan")), tl.maximum(end - start, 1).to(tl.float64)
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
-@triton.jit(do_not_specialize=["n_responses"])
+@triton.jit(do_not_specialize=["n_responses", "n_tokens"])
 def _preference_loss_kernel(
     token_ptr,  # [N]
     ref_token_ptr,  # [N] or None
@@ -83,6 +85,7 @@ def _preference_loss_kernel(
     chosen_slope_ptr,
     rejected_slope_ptr,
     n_responses,
+    n_tokens,
     stride_token,
     stride_ref_token,
     stride_ref,
@@ -96,7 +99,7 @@ def _preference_loss_kernel(
     program = tl.program_id(0).to(tl.int64)
     if program < n_responses:
         logps, _, _ = _response(  # pyright: ignore[reportGeneralTypeIssues]
-            program, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            program, n_responses, n_tokens, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         tl.store(logps_ptr + program, logps.to(tl.float32))
@@ -105,11 +108,11 @@ def _preference_loss_kernel(
         chosen = tl.load(pairs_ptr + pair * stride_pair)
         rejected = tl.load(pairs_ptr + pair * stride_pair + stride_side)
         _, up, up_length = _response(  # pyright: ignore[reportGeneralTypeIssues]
-            chosen, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            chosen, n_responses, n_tokens, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         _, down, down_length = _response(
-            rejected, n_responses, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
+            rejected, n_responses, n_tokens, token_ptr, ref_token_ptr, ref_logps_ptr, cu_ptr,
             stride_token, stride_ref_token, stride_ref, BLOCK,
         )  # fmt: skip
         strength = tl.full((), beta, tl.float64)
@@ -155,7 +158,7 @@ def forward(
             _preference_loss_kernel[(r + p,)](
                 token_logps, ref_token_logps, ref_logps, cu_responses.contiguous(), pairs,
                 logps, losses, *rest,
-                r, token_logps.stride(0),
+                r, len(token_logps), token_logps.stride(0),
                 0 if ref_token_logps is None else ref_token_logps.stride(0),
                 0 if ref_logps is None else ref_logps.stride(0), *pairs.stride(),
                 beta, label_smoothing,
