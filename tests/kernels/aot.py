@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Entry:
     stages: int = 3
     dtype: str = "bf16"
     default: bool = True
+    registers: int | None = None  # at most, where the launcher says so
+    aligned: bool = True  # sizes and strides are multiples of 16
 
 
 # With a bias or not, a softcap or not: what each kind of table serves.
@@ -77,8 +79,8 @@ EPILOGUES = {
 def gemm_entries(arch: str, scope: str) -> Iterator[Entry]:
     """Every row of the tables, with each thing the epilogue can be asked for.
 
-    quick: of each table its default row, with the epilogue that takes the most registers, and of
-    the main one also the row for operands that are not aligned.
+    quick: of each table its default row and the one for operands that are not aligned, with the
+    epilogue that takes the most registers.
     """
     for kind, table in tuning.TABLES[arch].items():
         unaligned = next(row for row in table if row.loads == "pointer")
@@ -91,9 +93,14 @@ def gemm_entries(arch: str, scope: str) -> Iterator[Entry]:
                     entry = gemm_entry(kind, row, use, has_bias, softcap, default)
                     main = kind == "half" and row == table[0]
                     heavy = use == "store" and (has_bias, softcap) == EPILOGUES[kind][0]
-                    shown = row == table[0] or (row == unaligned and kind == "half")
-                    if scope == "all" or main or (heavy and shown):
+                    if scope == "all" or main or (heavy and default):
                         yield entry
+                    if scope == "all" and row == unaligned:
+                        odd = entry.constants | {"EVEN_K": False}
+                        label = entry.label + " odd"
+                        yield replace(
+                            entry, label=label, constants=odd, aligned=False, registers=255
+                        )
 
 
 def gemm_entry(
@@ -166,14 +173,19 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         width = 4 if dtype == "fp32" else 2
         blocks = exact.BLOCKS[width] | flags | no_bias | no_adapter
-        yield Entry("exact sums" + tag, exact._exact_sums_kernel, blocks, exact.WARPS, dtype=dtype)
+        options: dict[str, Any] = {
+            "warps": exact.OPTIONS["num_warps"],
+            "stages": exact.OPTIONS["num_stages"],
+            "registers": exact.OPTIONS["maxnreg"],
+        }
+        yield Entry("exact sums" + tag, exact._exact_sums_kernel, blocks, dtype=dtype, **options)
         more = {
             "BLOCK_D": exact.BLOCK_D[width],
             "BLOCK_S": exact.MOST_SPLITS,
             "STATS": full,
         }
         more |= blocks | no_stats | ({} if full else {"e_ptr": None})
-        yield Entry("exact rows" + tag, exact._exact_rows_kernel, more, exact.WARPS, dtype=dtype)
+        yield Entry("exact rows" + tag, exact._exact_rows_kernel, more, dtype=dtype, **options)
     for loss in preference.LOSSES:
         yield Entry(
             f"preference loss {loss}", preference._preference_loss_kernel,
@@ -214,14 +226,20 @@ def compile_entry(entry: Entry, arch: str) -> dict[str, Any]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(entry.kernel.arg_names)
-        if types[name].startswith("*") or (name in ALIGNED and name not in entry.constants)
+        if entry.aligned
+        and (types[name].startswith("*") or (name in ALIGNED and name not in entry.constants))
     }
     source = ASTSource(entry.kernel, types, entry.constants, aligned)
     started = time.monotonic()
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", int(arch.removeprefix("sm")), 32),
-        options={"num_warps": entry.warps, "num_stages": entry.stages, **gemm.FUSE},
+        options={
+            "num_warps": entry.warps,
+            "num_stages": entry.stages,
+            "maxnreg": entry.registers,
+            **gemm.FUSE,
+        },
     )
     registers, stack = resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]

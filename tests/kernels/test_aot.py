@@ -9,22 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 
 from tests.kernels.interpreter import ROOT
-
-# (architecture, label) of default rows that may have a stack frame, and why. Triton 3.9 gives some
-# bytes to kernels that return at once unless a row is flagged; other versions need none.
-ALLOWED_STACK: dict[tuple[str, str], str] = {}
-if version("triton").startswith("3.9"):
-    ALLOWED_STACK = {
-        ("sm80", "exact sums bf16 full"): "fallback",
-        ("sm86", "exact sums bf16 full"): "fallback",
-        ("sm120", "exact rows bf16 full"): "fallback",
-        ("sm120", "exact rows fp32"): "fallback",
-    }
 
 
 def run_program(name: str, *arguments: str) -> list[dict]:
@@ -59,8 +47,7 @@ def check(rows: list[dict], capsys, architectures: tuple[str, ...]) -> None:
     for r in rows:
         where = f"{r['label']} on {r['arch']}"
         assert r["shared"] <= r["shared_limit"], f"{where}: {r['shared']} bytes of shared memory"
-        allowed = (r["arch"], r["label"]) in ALLOWED_STACK or not r["default"]
-        assert r["stack"] == 0 or allowed, f"{where}: a stack frame of {r['stack']} bytes"
+        assert r["stack"] == 0 or not r["default"], f"{where}: a stack frame of {r['stack']} bytes"
         if r["label"].startswith(("half", "rich", "stats")):
             expected = PRODUCTS[r["arch"]]
             assert expected in r["instructions"], f"{where}: no {expected}"

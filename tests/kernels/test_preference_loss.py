@@ -400,7 +400,7 @@ def test_a_devices_late_report_of_bad_bounds_is_raised_when_it_has_arrived(monke
             return True
 
     def keep(look, *tensors):
-        late._pending.append((Arrived(), look, copies))
+        late._pending.append((Arrived(), look, tuple(copies)))
 
     monkeypatch.setattr(preference_loss_module, "check_later", keep)
     for name, message in {

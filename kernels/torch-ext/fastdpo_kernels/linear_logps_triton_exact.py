@@ -20,6 +20,7 @@ from .linear_logps_triton_gemm import (
     FUSE,
     LOG2E,
     LOWEST,
+    MOST_REGISTERS,
     Logits,
     Matrix,
     logit,
@@ -30,13 +31,13 @@ from .linear_logps_triton_gemm import (
 ROWS = 16
 FIELDS = 5  # of a split's partial results: max, sum e, sum e (z - max), sum z, sum e^2
 MOST_SPLITS = 16
-# By the bytes of an operand's element: blocks that leave no stack frame on sm_80, sm_90 or sm_100.
+# By the bytes of an operand's element: blocks.
 BLOCKS = {
     2: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 32},
     4: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 16},
 }
 BLOCK_D = {2: 128, 4: 64}
-WARPS = 8
+OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": MOST_REGISTERS}
 
 
 @triton.jit
@@ -308,8 +309,7 @@ def exact_rows(
     blocks = {
         **BLOCKS[width],
         "SOFTCAP": logits.softcap,
-        "num_warps": WARPS,
-        "num_stages": 3,
+        **OPTIONS,
         **FUSE,
     }
     every = (None,) * 4

@@ -46,6 +46,9 @@ LOWEST: tl.constexpr = tl.constexpr(-1e4)
 CALL_INTS = [
     "n_rows", "first_col", "end_col", "first_tile", "n_tiles", "n_splits", "group", "ignore_index",
 ]  # fmt: skip
+# ptxas saves registers in some kernels for more warps in flight, and some versions then need a
+# stack frame for the last few; allowed all of them, they don't.
+MOST_REGISTERS = 255
 # Said for every launch: Triton 3.9 warns that its default will change.
 FUSE = {"enable_fp_fusion": True}
 
@@ -464,10 +467,12 @@ def exp_gemm(
         **FUSE,
     }
     if gemm.loads == "pointer":
+        even = d % gemm.block_k == 0
         _exp_gemm_kernel[(tiles,)](
             hidden, weight, e, *shared,
             hidden.stride(0), weight.stride(0), 0 if e is None else e.stride(0),
-            logits.scale, logits.cap, EVEN_K=d % gemm.block_k == 0, **constants,
+            logits.scale, logits.cap, EVEN_K=even, maxnreg=None if even else MOST_REGISTERS,
+            **constants,
         )  # fmt: skip
         return
     persistent = gemm.loads == "persistent"
