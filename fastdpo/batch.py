@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import RowGather
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile of PyTorch 2.11 would compile for its sizes
 class PackLayout:
     """S attention segments over one row of T tokens; T_k keys after prompts are repeated.
 

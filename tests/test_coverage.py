@@ -51,6 +51,10 @@ def names(families: list[Family]) -> list[str]:
 @pytest.mark.parametrize("family", SHARED, ids=names(SHARED))
 def test_shared_packs_equal_padded_unshared(family: Family) -> None:
     model = family.build(torch.float64)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # transformers 5.17 loads Gemma 2 with sdpa, which leaves the cap out: log-probs of these
+        # small logits move by 2e-6. Only its eager attention is the model.
+        model.set_attn_implementation("eager")
     pairs = mixed_pairs()
     weights = token_weights(pairs)
     with NoFloat32():
