@@ -45,17 +45,17 @@ def test_files_import_torch_triton_the_standard_library_and_each_other(path):
 
 
 def test_directions():
-    """An op's file sees impls, reference and its own parts, its implementations only when it runs;
+    """An op's file sees impls, late, reference and its own parts, its implementations when it runs;
     ops do not see each other, `linear_dpo_loss` aside; an implementation never sees its op."""
     seen = {p.stem: {n for n, relative in imports(p) if relative} for p in PACKAGE.glob("*.py")}
     parts = {"linear_logps_call", "linear_logps_graph"}
-    assert seen["linear_logps"] == {"impls", "reference"} | parts
-    assert seen["preference_loss"] == {"impls", "reference"}
-    assert seen["linear_logps_graph"] == {"linear_logps_call"}
+    assert seen["linear_logps"] == {"impls", "late", "reference"} | parts
+    assert seen["preference_loss"] == {"impls", "late", "reference"}
+    assert seen["linear_logps_graph"] == {"late", "linear_logps_call"}
     part_of = {"linear_logps_eager", "linear_logps_torch_gemm"}  # their is_tiny, ieee_matmul
-    assert seen["linear_logps_call"] == {"impls"} | part_of
+    assert seen["linear_logps_call"] == {"impls", "late"} | part_of
     assert seen["linear_dpo_loss"] == {"linear_logps", "linear_logps_call", "preference_loss"}
-    assert seen["reference"] == {"impls"} and seen["impls"] == set()
+    assert seen["reference"] == {"impls"} and seen["impls"] == seen["late"] == set()
     for name, used in seen.items():
         if "_torch" in name or "_triton" in name or name == "tuning":
             assert not used & {*OPS, "reference"}, f"{name} imports {used}"
@@ -65,7 +65,7 @@ def test_importing_it_loads_no_triton():
     """Kernels are loaded when they run: a CPU user never waits for a compiler."""
     lazily = [p.stem for p in PACKAGE.glob("*.py") if "_triton" in p.stem]
     parts = ("linear_logps_call", "linear_logps_eager", "linear_logps_graph")
-    for stem in ("__init__", "impls", "reference", *parts, *OPS):
+    for stem in ("__init__", "impls", "late", "reference", *parts, *OPS):
         for name, _ in imports(PACKAGE / f"{stem}.py"):
             assert name.split(".")[0] != "triton" and name not in lazily
 
