@@ -260,6 +260,20 @@ def test_wpo_weighs_pairs_however_packed(loss_type):
         assert_same(gradients, one, EXACT_RTOL)
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in LOSSES if SPECS[n].weighting and n not in ("sigmoid", "hinge", "sft")]
+)
+def test_wpo_gives_every_loss_one_gradient(name):
+    options = {"loss_type": [name], "label_smoothing": 0.1 if name == "exo_pair" else 0.0}
+    plain, _ = step_of("one pack", options)
+    one_loss, one = step_of("one pack", {**options, "use_weighting": True})
+    assert abs(one_loss - plain) > 1e-6
+    for packed in PACKED:
+        loss, gradients = step_of(packed, {**options, "use_weighting": True})
+        assert loss == pytest.approx(one_loss, rel=EXACT_RTOL), packed
+        assert_same(gradients, one, EXACT_RTOL)
+
+
 def aligned_probability(policy, pairs: TokenizedPairs, i: int, side: int) -> float:
     response = (pairs.chosen(i), pairs.rejected(i))[side].tolist()
     prompt = pairs.prompt(i).tolist()
