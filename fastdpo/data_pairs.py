@@ -156,3 +156,8 @@ def with_mismatches(
         lengths[:, 1:] = np.minimum(lengths[:, 1:], max_length - lengths[:, :1])
     ids, offsets = _gather(examples.ids, starts, lengths)
     return TokenizedPairs(ids, offsets, examples.rows, examples.columns)
+
+
+def without_mismatches(examples: TokenizedPairs) -> TokenizedPairs:
+    """The examples with their own responses as second ones, of which packs hold equal ones once."""
+    return with_mismatches(examples, np.arange(len(examples)), None)

@@ -17,6 +17,7 @@ from fastdpo_kernels import TokenStats, preference_loss
 
 from .batch import Pack
 from .config import DPOConfig
+from .data_pairs import TokenizedPairs, without_mismatches
 from .errors import ConfigError
 from .loss_specs import PLAIN_NLL, check_loss_options, needs_reference
 from .losses import PairLogps, call, f_scores, kl_baseline
@@ -102,12 +103,24 @@ class Objective:
             return None
         return self.args.pairs_per_step if self.has_kl else 1
 
+    def trained_pairs(self, pairs: TokenizedPairs) -> TokenizedPairs | None:
+        """The pairs without mismatched responses, which have no gradient. None where every response
+        has one, and where a dropout must fall alike in both passes, so over the same packs."""
+        return without_mismatches(pairs) if self.has_kl and self.args.disable_dropout else None
+
     def __call__(
-        self, scored: Sequence[ScoredPack], mean_chosen_length: float, *, grad: bool
+        self,
+        scored: Sequence[ScoredPack],
+        mean_chosen_length: float,
+        *,
+        grad: bool,
+        trained: Sequence[Pack] | None = None,
     ) -> list[PackLoss]:
         """The losses of `scored`, which are all packs of the step if `needs_whole_step`.
 
         mean_chosen_length: scored tokens of the chosen responses, a mean over the step's pairs.
+        trained: packs of the same pairs that hold the responses which have a gradient; token_grad
+            is then of their tokens. For losses that need the whole step.
         """
         if self.fused:
             return [self._fused(one, grad) for one in scored]
@@ -125,8 +138,13 @@ class Objective:
         sizes = [len(one.lengths) for one in sums]
         parts = [(None,) * len(sums) if x is None else x[back].split(sizes) for x in whole]
         return [
-            self._of_pack(one, *of_pack)
-            for one, of_pack in zip(scored, zip(*parts, strict=True), strict=True)
+            self._of_pack(one, *of_pack, pack=pack)
+            for one, of_pack, pack in zip(
+                scored,
+                zip(*parts, strict=True),
+                trained or [one.pack for one in scored],
+                strict=True,
+            )
         ]
 
     def _of_pack(
@@ -137,12 +155,14 @@ class Objective:
         logps: Tensor,
         slopes: Tensor | None,
         kl: Tensor | None,
+        pack: Pack | None = None,
     ) -> PackLoss:
         dtype = scored.token_logps.dtype
         out = torch.promote_types(dtype, torch.float32)
         token_grad = None
         if slopes is not None:
-            token_grad = token_gradient(slopes, scored.pack, len(scored.token_logps)).to(dtype)
+            pack = pack or scored.pack
+            token_grad = token_gradient(slopes, pack, len(pack.targets)).to(dtype)
         (chosen_rewards, rejected_rewards), (chosen, rejected) = (
             of.to(out).unbind(1) for of in (rewards, logps)
         )

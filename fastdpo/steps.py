@@ -96,6 +96,7 @@ class StepPacks:
     n_pairs: int  # over all ranks: what the loss is divided by
     mean_chosen_length: float  # scored tokens, over the pairs of all ranks
     stats: PackStats
+    trained: list[Pack] | None = None  # what gradients run through, where that is not `packs`
 
 
 def mean_chosen_length(pairs: TokenizedPairs, pair_ids: np.ndarray) -> float:
@@ -104,10 +105,20 @@ def mean_chosen_length(pairs: TokenizedPairs, pair_ids: np.ndarray) -> float:
 
 
 class StepPlan:
-    """How many steps a run has, and which pairs and packs each of them holds on this rank."""
+    """How many steps a run has, and which pairs and packs each of them holds on this rank.
 
-    def __init__(self, pairs: TokenizedPairs, args: DPOConfig, packer: Packer):
-        self.pairs, self.args, self.packer = pairs, args, packer
+    trained: `pairs` as far as gradients reach them, if no further than a second response: a step of
+        several packs, which takes two passes, then has packs of these for the second.
+    """
+
+    def __init__(
+        self,
+        pairs: TokenizedPairs,
+        args: DPOConfig,
+        packer: Packer,
+        trained: TokenizedPairs | None = None,
+    ):
+        self.pairs, self.args, self.packer, self.trained = pairs, args, packer, trained
         full, rest = divmod(len(pairs), args.pairs_per_step)
         self.steps_per_epoch = full + (rest > 0 and not args.dataloader_drop_last)
         if self.steps_per_epoch == 0:
@@ -145,11 +156,15 @@ class StepPlan:
             for pair_ids in order:
                 mine = pair_ids[args.process_index :: args.world_size]
                 packs = list(self.packer.packs(self.pairs, mine))
+                trained = None
+                if self.trained is not None and len(packs) > 1:
+                    trained = [self.packer.pack(self.trained, p.pair_ids.tolist()) for p in packs]
                 yield StepPacks(
                     packs,
                     n_pairs=len(pair_ids),
                     mean_chosen_length=mean_chosen_length(self.pairs, pair_ids),
                     stats=stats_of_step(self.pairs, packs),
+                    trained=trained,
                 )
 
         return prefetch(make) if self.packer.device.type == "cuda" else make()

@@ -303,13 +303,16 @@ class DPOTrainer(TrainerInterface):
                 for pack, reference in zip(step.packs, references, strict=True)
             ]
         scored = [one for one, _ in both]
-        losses = self.objective(scored, step.mean_chosen_length, grad=True) if scored else []
+        trained = step.trained or step.packs
+        losses = []
+        if scored:
+            losses = self.objective(scored, step.mean_chosen_length, grad=True, trained=trained)
         router_grad = self._router_grad([output for _, output in both], step)
         if rng is not None:
             ckpt.set_rng_state(rng)
-        for one, loss in zip(scored, losses, strict=True):
+        for one, loss, pack in zip(scored, losses, trained, strict=True):
             router = router_grad is not None
-            output = self._forward.with_stats(self.model, one.pack, (), router)
+            output = self._forward.with_stats(self.model, pack, (), router)
             self._backward(output, loss, step, router_grad)
             self._count(one, loss)
 
@@ -333,7 +336,8 @@ class DPOTrainer(TrainerInterface):
         args = self.args
         if self.train_pairs is None:
             raise DataError("train() needs a train_dataset; this trainer was made without one")
-        self.plan = StepPlan(self.train_pairs, args, self.packer)
+        trained = self.objective.trained_pairs(self.train_pairs)
+        self.plan = StepPlan(self.train_pairs, args, self.packer, trained)
         self.state.max_steps = self.plan.max_steps
         self.state.num_train_epochs = self.plan.n_epochs
         self.state.compute_steps(args, self.plan.max_steps)

@@ -109,6 +109,7 @@ def step_of(name: str, options: dict) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, gradients) of the first step under the loss `options`."""
     made = trainer(name)
     made.objective = Objective(bare_config(**options))
+    made.plan.trained = made.objective.trained_pairs(made.plan.pairs)
     made.metrics = made._new_metrics()
     made._train_step(next(iter(made.plan.steps(0, skip=0))))
     (kept,) = [c for c in made.callback_handler.callbacks if isinstance(c, KeepGradients)]

@@ -20,6 +20,7 @@ from fastdpo.data import TokenizedPairs, tokenize_pairs
 from fastdpo.data_pairs import mismatch_sources, unpaired, with_mismatches
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.losses import REGISTRY, PairLogps
+from fastdpo.policy import PackForward
 from tests.families import by_name
 from tests.test_parity_trl import LOGPS_ATOL, MOVE_RTOL, RTOL, SHARED, compare_weights, trainable
 from tests.tiny import tiny_chat_rows, tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
@@ -241,6 +242,37 @@ def test_references_before_training_and_cached_ones_serve_mismatches_too(tmp_pat
     other = train(tmp_path / "e", per_device_train_batch_size=7, **cache)
     done = other.precomputations["train"]
     assert 0.5 * done.n_responses < done.n_found < done.n_responses
+
+
+def test_gradients_run_through_no_mismatched_response(tmp_path, monkeypatch):
+    """In a step of several packs the second pass has each example's own response alone. (That the
+    gradient is the step's: test_objective.py.) Dropout, which falls alike in both, needs both."""
+    seen: list[tuple[bool, int]] = []
+    with_stats = PackForward.with_stats
+
+    def counted(self, model, pack, *args):
+        if model.training:  # the policy in a step, and neither reference nor probe
+            seen.append((torch.is_grad_enabled(), len(pack.targets)))
+        return with_stats(self, model, pack, *args)
+
+    monkeypatch.setattr(PackForward, "with_stats", counted)
+
+    def tokens(name: str, **options) -> tuple[int, int]:
+        """Scored tokens of the first step: without a graph, and with one."""
+        seen.clear()
+        made = train(tmp_path / name, max_steps=1, **options)
+        assert made.train_pairs is not None and (made.pack_stats.n_packs > 1) == bool(options)
+        lengths.append(made.train_pairs.scored_lengths[made.plan._order(0)[0]].sum(0))
+        without, with_graph = (sum(n for graph, n in seen if graph is g) for g in (False, True))
+        return without, with_graph
+
+    lengths: list[np.ndarray] = []
+    packs = {"max_tokens_per_pack": 64}
+    found = [tokens("one"), tokens("many", **packs), tokens("d", **packs, disable_dropout=False)]
+    own, mismatched = lengths[0].tolist()
+    both = own + mismatched
+    assert min(own, mismatched) > 10
+    assert found == [(0, both), (both, own), (both, both)]
 
 
 def test_an_adapter_in_many_packs_and_resumed(tmp_path):
