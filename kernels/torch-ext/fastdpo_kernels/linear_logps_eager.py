@@ -2,7 +2,7 @@
 
 `linear_logps_torch.py` on one tile without its bookkeeping, and so to the same bits but for the
 gradients; a call in which a row overflows goes there. `impl="auto"` takes it where `is_tiny`.
-With E = exp(z - z_y) and its sum s_o, the target left out:
+With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
     logp = -log(1 + s_o)        d logp / d z = (s_o at the target, -E elsewhere) / (1 + s_o)
 Callers have checked the arguments.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import linear_logps_torch
 from .impls import ForwardResult, TokenStats
-from .linear_logps_torch_tiles import Head, exponents, one_minus_square, target_logits
+from .linear_logps_torch_tiles import NATS, Head, exponents, one_minus_square, target_logits
 
 # Measured on a CPU in fp32, one thread, forward and backward: the chunked way takes 1.5 times as
 # long at N V = 1,600, 1.3 to 1.7 times at 64,000 and 256,000, and as long at 2,000,000.
@@ -67,10 +67,10 @@ def forward(
         y, h = y.masked_fill(ignored, 0), h.masked_fill(ignored[:, None], 0)
     w, b = head.rows(0, weight.shape[0])
     z_y, flat_y = target_logits(head, h, w[y], y)
-    distance = torch.empty(len(h), len(w), dtype=head.dtype)  # z - z_y
+    distance = torch.empty(len(h), len(w), dtype=head.dtype)  # z - z_y, in bits
     tanh = None if softcap is None else torch.empty_like(distance)
     exponents(head, h, w, b, z_y, distance, tanh)
-    e = distance.exp() if stats else distance.exp_()
+    e = distance.exp2() if stats else distance.exp2_()
     e.scatter_(1, y[:, None], 0)
     s_o = e.sum(1)
     if not (s_o < linear_logps_torch.OVERFLOW).all():  # nor if some are not numbers
@@ -150,18 +150,18 @@ def _stats(
     y: Tensor,
     names: set[str],
 ) -> dict[str, Tensor]:
-    """With log p_v = distance_v + logp; `e` lacks the target."""
+    """With log p_v = ln 2 distance_v + logp; `e` lacks the target."""
     found = {}
     if "entropy" in names:
         # A masked logit of -inf has e = 0 and must not make 0 * inf.
         weighted = distance.clamp(min=-1e4).mul_(e).sum(1)
-        found["entropy"] = -logps - weighted * inv_sum
+        found["entropy"] = -logps - weighted * (NATS * inv_sum)
     if "mean_logits" in names:
-        found["mean_logits"] = distance.mean(1) + z_y
+        found["mean_logits"] = (distance.mean(1) + z_y) * NATS
     if "is_top1" in names:
         found["is_top1"] = distance.argmax(1) == y
     if "log_sum_sq_probs" in names:
         top = distance.amax(1)
-        squares = (distance - top[:, None]).mul_(2).exp_().sum(1)
-        found["log_sum_sq_probs"] = squares.log() + 2 * (top + logps)
+        squares = (distance - top[:, None]).mul_(2).exp2_().sum(1)
+        found["log_sum_sq_probs"] = squares.log() + 2 * (top * NATS + logps)
     return found

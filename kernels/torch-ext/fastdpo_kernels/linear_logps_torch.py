@@ -2,9 +2,10 @@
 
 Per row, in a frame r: E_v = exp(z_v - r) for v != y, s_o = sum_v E_v, s_y = exp(z_y - r), and then
     logp = -log(1 + s_o / s_y)        d_hidden = (s_o W[y] - E @ W) / (s_o + s_y)
-(times the logit transform's slope). On a CPU r = z_y, known before the first tile, so nothing is
-ever rescaled; the rare rows that overflow this frame are done again with r = max z. Elsewhere
-all rows use that second frame (one more GEMM): asking which overflowed would wait for the device.
+(times the logit transform's slope). Tiles hold logits in bits, for exp2. On a CPU r = z_y, known
+before the first tile, so nothing is ever rescaled; the rare rows that overflow this frame are done
+again with r = max z. Elsewhere all rows use that second frame (one more GEMM): asking which
+overflowed would wait for the device.
 Callers have checked the arguments.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .impls import ForwardResult, TokenStats
 from .linear_logps_torch_tiles import (
+    NATS,
     Head,
     accumulate,
     accumulate_transposed,
@@ -50,11 +52,11 @@ class _Sums:
     """What a pass over the vocabulary gathers about k rows."""
 
     others: Tensor  # [k] sum of E over v != y
-    weighted: Tensor  # [k] sum of E (z - r): the entropy
+    weighted: Tensor  # [k] sum of E (z - r), in bits: the entropy
     tanh: Tensor  # [k] sum of tanh under a softcap: the mean logit
-    top: Tensor  # [k] largest z - r so far, ...
+    top: Tensor  # [k] largest z - r so far in bits, ...
     top_at: Tensor  # [k] ... its first column, ...
-    squares: Tensor  # [k] ... and the sum of exp(2 (z - r - top)), target included
+    squares: Tensor  # [k] ... and the sum of 4^(z - r - top), target included
 
     @staticmethod
     def zeros(rows: int, like: Tensor) -> "_Sums":
@@ -71,7 +73,7 @@ class _Rows:
     others: Tensor
     logps: Tensor
     grad: Tensor | None
-    saved: tuple[Tensor, ...]  # r, 1 / (s_o + s_y), what stands for E at the target in dW
+    saved: tuple[Tensor, ...]  # r in bits, 1 / (s_o + s_y), what stands for E at the target in dW
     stats: dict[str, Tensor]
 
 
@@ -209,7 +211,7 @@ def weight_grad(
                 tile, *rest = views(buffer, r1 - r0, v1 - v0)
                 cap = rest[0] if rest else None
                 exponents(head, h, w, b, frame[r0:r1], tile, cap)
-                tile.exp_()
+                tile.exp2_()
                 if cap is not None:
                     tile.mul_(one_minus_square(cap))
                 y = targets[r0:r1].masked_fill(skip, 0)
@@ -248,12 +250,12 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
         if grad is not None:
             accumulate(head, grad, tile, w)
 
-    s_o, log_sy = sums.others, z_y - r
+    s_o, bits_y = sums.others, z_y - r
     if at_max:  # s_o / s_y may overflow
-        logps = -torch.logaddexp(s_o.log() - log_sy, torch.zeros_like(s_o))
+        logps = -torch.logaddexp(s_o.log() - bits_y * NATS, torch.zeros_like(s_o))
     else:  # s_y = 1
         logps = -torch.log1p(s_o)
-    inv_sum = 1 / (s_o + log_sy.exp())
+    inv_sum = 1 / (s_o + bits_y.exp2())
     if grad is not None:
         grad.mul_((-head.slope * inv_sum)[:, None])
         grad.addcmul_(w_y, (head.slope * flat_y * s_o * inv_sum)[:, None])
@@ -264,8 +266,8 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
     if "entropy" in stats:
         # -sum p log p, with log p_v = (z_v - r) - log(s_o + s_y)
         log_sum = -inv_sum.log() if at_max else -logps
-        of_target = log_sy.exp() * log_sy.clamp(min=-1e4)
-        found["entropy"] = log_sum - (sums.weighted + of_target) * inv_sum
+        of_target = bits_y.exp2() * bits_y.clamp(min=-1e4)
+        found["entropy"] = log_sum - (sums.weighted + of_target) * (NATS * inv_sum)
     if "mean_logits" in stats:
         if job.mean is not None:
             found["mean_logits"] = head.slope * (h.to(head.dtype) @ job.mean[0] + job.mean[1])
@@ -275,7 +277,7 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
     if "is_top1" in stats:
         found["is_top1"] = sums.top_at == y
     if "log_sum_sq_probs" in stats:  # p_v = exp(z_v - r) / (s_o + s_y)
-        found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top + inv_sum.log())
+        found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top * NATS + inv_sum.log())
     return _Rows(s_o, logps, grad, (r, inv_sum, target_e), found)
 
 
@@ -298,13 +300,13 @@ def _fold(
         if "log_sum_sq_probs" in stats:
             assert scratch is not None
             torch.sub(tile, sums.top[:, None], out=scratch)
-            squares = scratch.mul_(2).exp_().sum(1)
-            sums.squares.mul_((2 * (before - sums.top)).exp()).add_(squares)
+            squares = scratch.mul_(2).exp2_().sum(1)
+            sums.squares.mul_((2 * (before - sums.top)).exp2()).add_(squares)
     if "entropy" in stats:
         assert scratch is not None
         # A masked logit of -inf has E = 0 and must not make 0 * inf.
         torch.clamp(tile, min=-1e4, out=scratch)
-    tile.exp_()
+    tile.exp2_()
     put_target(tile, y - v0, tile.new_zeros(()).expand(len(y)))
     sums.others += tile.sum(1)
     if "entropy" in stats:
