@@ -19,20 +19,19 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from fastdpo.data_columns import read_columns, require_columns
-from fastdpo.data_encode import Encoded, EncodePlan, Problem, encode_rows
-from fastdpo.data_formats import FORMATS, UNPAIRED, detect_format, used_columns
-from fastdpo.data_pairs import TokenizedPairs, mismatch_sources, unpaired, with_mismatches
-from fastdpo.data_report import DataReport, LengthSummary
-from fastdpo.data_sources import load_dataset_split
-from fastdpo.errors import ConfigError, DataError, did_you_mean
+from .data_columns import read_columns, require_columns
+from .data_encode import Encoded, EncodePlan, Problem, encode_rows
+from .data_formats import FORMATS, UNPAIRED, detect_format, used_columns
+from .data_pairs import TokenizedPairs, mismatch_sources, unpaired, with_mismatches
+from .data_report import DataReport, LengthSummary
+from .data_sources import load_dataset_split
+from .errors import ConfigError, DataError, did_you_mean
 
 __all__ = ["DataReport", "TokenizedPairs", "load_dataset_split", "tokenize_pairs"]
 
 ON_BAD_ROW = ("error", "drop", "keep")
-_ROWS_PER_BATCH = (
-    1000  # enough to keep a fast tokenizer's threads busy, few enough to show progress
-)
+# Enough to keep a fast tokenizer's threads busy, few enough to show progress.
+_ROWS_PER_BATCH = 1000
 _ROWS_WORTH_A_PROCESS = 10_000  # about a second of Python work; a fork costs a tenth
 
 

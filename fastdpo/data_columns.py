@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.errors import DataError, did_you_mean
-from fastdpo.options import Bound
+from .errors import DataError, did_you_mean
+from .options import Bound
 
 # Every column that may be asked for, with its domain.
 COLUMNS: dict[str, Bound] = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.data_formats import UNPAIRED, Message, RawPair, read_row
-from fastdpo.errors import DataError
+from .data_formats import UNPAIRED, Message, RawPair, read_row
+from .errors import DataError
 
 
 @dataclass(frozen=True)

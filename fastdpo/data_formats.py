@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.errors import ConfigError, DataError, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean
 
 Message = dict[str, Any]
 Turns = str | list[Message]

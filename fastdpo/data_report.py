@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdpo.data_formats import UNPAIRED
+from .data_formats import UNPAIRED
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fastdpo.errors import DataError, MissingPackageError, did_you_mean
+from .errors import DataError, MissingPackageError, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
