@@ -4,12 +4,18 @@ An option is declared with its class (script_arguments.py, model_config.py, trai
 here its older names and aliases become today's. The standard library alone: see options.py.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import ConfigError, did_you_mean
 from .options import Bound, Option, check, describe
 from .unsupported import ALIASES, RENAMED, TRL_NEUTRAL, is_neutral, unsupported
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
 def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +65,21 @@ def unknown(name: str, owner: type | None = None) -> ConfigError:
         return ConfigError(f"unknown option {name!r}; its name is {RENAMED[name]}")
     nearest = did_you_mean(name, options_by_name(owner))
     return ConfigError(f"unknown option {name!r}{nearest or '; see `fastdpo train --help`'}")
+
+
+def checked_arguments(init: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorates an `__init__`: a keyword that it does not have is a `ConfigError` that says whose
+    it is (older releases of TRL took `beta` and `tokenizer` beside the model)."""
+    names = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: Params.args, **given: Params.kwargs) -> Result:
+        for name in given:
+            if name not in names:
+                raise unknown(name, type(args[0]))
+        return init(*args, **given)
+
+    return checked
 
 
 def options_by_name(owner: type | None = None) -> dict[str, Option]:

@@ -50,6 +50,7 @@ from .model import (
 from .nonfinite import FiniteGuard, finite_or_none, grad_norm, refuse_nonfinite
 from .objective import Objective, PackLoss, ScoredPack
 from .optim import make_optimizer, make_scheduler
+from .option_names import checked_arguments
 from .plan_run import settle, start_over
 from .policy import prepare_models, save_memory
 from .reference_logps import evaluating
@@ -94,6 +95,7 @@ class DPOTrainer(TrainerInterface):
     anything the user can mend.
     """
 
+    @checked_arguments
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -110,6 +112,11 @@ class DPOTrainer(TrainerInterface):
         quantization_config: Any = None,
     ):
         self.args = args if args is not None else DPOConfig(output_dir="dpo_output")
+        if not isinstance(self.args, DPOConfig):
+            raise ConfigError(
+                f"args is a {type(args).__name__}, and DPOTrainer takes a DPOConfig; write "
+                "DPOConfig(...), which has the same options under the same names"
+            )
         self.device = self.args.device
         self.output_dir = Path(self.args.output_dir or "dpo_output")
         if train_dataset is None and eval_dataset is None:

@@ -44,6 +44,7 @@ WAY_OUT = {
     "pad_token": "set tokenizer.pad_token; packs need none",
     "padding_free": "packs have no padding anyway: see packing_mode",
     "precompute_ref_batch_size": "packs are filled by tokens: set max_tokens_per_pack",
+    "remove_unused_columns": "columns that no option asks for are not read; leave it out",
     "hub_token": "run `hf auth login` or set HF_TOKEN, so that no config file holds a secret",
     "torch_compile": "use compile: layers",
 }

@@ -1,12 +1,13 @@
 """The loop: it learns, the same however steps are packed; what it takes from users and refuses."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.errors import ConfigError, DataError, MissingPackageError, ModelError
@@ -180,6 +181,19 @@ def test_sliding_window_model_trains_with_shared_prompts(tmp_path):
     made = trainer(tmp_path, model=tiny_mistral(), max_steps=2)
     made.train()
     assert made.packed_forward.mode == "shared"
+
+
+def test_what_older_scripts_pass_is_sent_to_its_place(tmp_path):
+    makes: Any = DPOTrainer
+    common = {"model": tiny_llama(), "train_dataset": tiny_rows(2)}
+    with pytest.raises(ConfigError, match="'beta' is an option of DPOConfig, not of DPOTrainer"):
+        makes(**common, args=config(tmp_path), beta=0.1)
+    with pytest.raises(ConfigError, match="'tokenizer'; its name is processing_class"):
+        makes(**common, args=config(tmp_path), tokenizer=tiny_tokenizer())
+    with pytest.raises(ConfigError, match="'max_prompt_length'; its name is max_length"):
+        makes(**common, args=config(tmp_path), max_prompt_length=8)
+    with pytest.raises(ConfigError, match="args is a TrainingArguments.*DPOConfig"):
+        makes(**common, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_errors_at_the_door(tmp_path):
