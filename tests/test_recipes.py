@@ -58,9 +58,8 @@ def test_the_tutorial_of_llama_2_runs(tutorial, capsys, monkeypatch):
     assert cli.main(["train", *recipe, "--output_dir", "run", *words]) == 0, capsys.readouterr().err
     logs = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [log["loss"] for log in logs if "loss" in log]
-    assert (
-        len(losses) == 4 and losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[3] < losses[0]
-    )
+    assert len(losses) == 4 and losses[3] < losses[0]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # fp32; the adapter starts at zero
     assert [log["step"] for log in logs if "eval_rewards/accuracies" in log] == [2, 4]
     assert {"checkpoint-2", "checkpoint-4"} <= {path.name for path in Path("run").iterdir()}
     model = AutoPeftModelForCausalLM.from_pretrained("run").merge_and_unload()
