@@ -2,7 +2,8 @@
 
 Attention stays outside the compiled graphs: its segments differ from pack to pack, and it is one
 kernel already. What remains depends on a pack's length alone, and packs are padded at their tail to
-few lengths, so that few graphs serve a run. The head is never touched: see logps.py.
+few lengths, so that few graphs serve a run. The head is never touched: see logps.py. On a GPU what
+was compiled may be recorded as CUDA graphs, whose launches cost the host nothing.
 """
 
 from __future__ import annotations
@@ -98,10 +99,31 @@ def pack_lengths(max_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({min(step * i, max_tokens) for i in range(1, N_LENGTHS + 1)}))
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def check_cuda_graphs(args: DPOConfig, compiled: bool) -> None:
+    """`ConfigError` where `cuda_graphs` is asked for and there is nothing to record, or memory of a
+    graph's would be read after its next run."""
+    if not args.cuda_graphs:
+        return
+    reason = None
+    if args.device.type != "cuda":
+        reason = f"they need a GPU, and this is {args.device.type}"
+    elif not compiled:
+        reason = "they record compiled layers, and these are not compiled; set compile: layers"
+    elif args.gradient_checkpointing in (True, "selective"):  # auto: until there is a plan
+        reason = "gradient checkpointing runs layers twice a pass; set gradient_checkpointing: none"
+    elif args.activation_offloading is True:
+        reason = "activation_offloading copies activations while graphs go on; switch it off"
+    if reason is not None:
+        raise ConfigError(f"'cuda_graphs' can't be had: {reason}, or leave cuda_graphs out")
+
+
+def compile_layers(model: PreTrainedModel, cuda_graphs: bool = False) -> None:
     """Compiles each layer of the decoder for static shapes; layers of one class share graphs.
 
     Gradient checkpointing stays around the compiled function: what it recomputes is compiled too.
+    Calls without a pack, such as generation's, run as they were. cuda_graphs: every part of a layer
+    is recorded, for every layer and length; whoever calls the model says where a pass begins
+    (`torch.compiler.cudagraph_mark_step_begin`). Attention's arguments are copied in and out.
     """
     layers = getattr(decoder_of(model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -112,20 +134,27 @@ def compile_layers(model: PreTrainedModel) -> None:
         function = getattr(layer.forward, "__func__", type(layer).forward)
         # transformers may checkpoint inside forward, around this one.
         plain = getattr(function, "__wrapped__", function)
-        layer.forward = types.MethodType(_compiled_forward(plain, plain is not function), layer)
-    logger.info("layers: %d compiled by %s", len(layers), _BACKEND)
+        forward = _compiled_forward(plain, plain is not function, cuda_graphs)
+        layer.forward = types.MethodType(forward, layer)
+    for parameter in layers.parameters() if cuda_graphs else ():
+        if parameter.requires_grad:  # else .grad is the graph's own memory, until its next run
+            parameter.register_hook(torch.clone)
+    how = ", recorded as CUDA graphs" if cuda_graphs else ""
+    logger.info("layers: %d compiled by %s%s", len(layers), _BACKEND, how)
 
 
 @functools.cache
-def _compiled_forward(plain: Any, checkpoints: bool) -> Any:
-    compiled = torch.compile(plain, backend=_BACKEND, dynamic=False)
+def _compiled_forward(plain: Any, checkpoints: bool, cuda_graphs: bool = False) -> Any:
+    options: Any = {"triton.cudagraphs": True} if cuda_graphs else None
+    compiled = torch.compile(plain, backend=_BACKEND, dynamic=False, options=options)
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = plain if kwargs.get("pack_layout") is None else compiled
         if checkpoints and self.gradient_checkpointing and self.training:
-            function = functools.partial(compiled, self, **kwargs)
+            function = functools.partial(function, self, **kwargs)
             return self._gradient_checkpointing_func(function, *args)
-        return compiled(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
     return forward
 

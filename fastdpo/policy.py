@@ -19,7 +19,7 @@ from fastdpo_kernels.impls import why_not_triton
 
 from .adapters import add_adapter, refuse_prompt_learning
 from .batch import Pack
-from .body import apply_liger, compile_layers, wants_compile
+from .body import apply_liger, check_cuda_graphs, compile_layers, wants_compile
 from .checkpointing import checkpoint_activations, checkpoint_kwargs
 from .config import DPOConfig
 from .errors import ConfigError, ModelError
@@ -52,6 +52,7 @@ class PackForward:
     device_type: str
     bf16: bool
     saving: Callable[[], AbstractContextManager] = nullcontext  # where autograd saves what it needs
+    cuda_graphs: bool = False
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
@@ -63,6 +64,8 @@ class PackForward:
         self, model: nn.Module, pack: Pack, stats: Sequence[str], router: bool = False
     ) -> PackedOutput:
         """token_logps [N], those `stats` of `linear_logps`, and the router's sums if asked for."""
+        if self.cuda_graphs:  # what the last pass left in graphs' memory has been used
+            torch.compiler.cudagraph_mark_step_begin()
         with self.autocast(), self.saving():
             return model(pack=pack, token_stats=stats, router_sums=router)
 
@@ -106,7 +109,7 @@ def prepare_models(
         disable_dropout(policy)
     broadcast_from_rank_0(p for p in policy.parameters() if p.requires_grad)
 
-    forward = PackForward(args.device.type, bool(args.bf16))
+    forward = PackForward(args.device.type, bool(args.bf16), cuda_graphs=args.cuda_graphs)
     if needs_reference:
         reference = make_reference(
             reference_kind(args, policy, ref_model),
@@ -137,8 +140,9 @@ def prepare_models(
     if router is not None:
         logger.info("router loss: %g times load balancing", router.coefficient)
     compiled = wants_compile(base_model(policy), packed, args)
+    check_cuda_graphs(args, compiled)
     for model in {id(m): m for m in (policy, reference.model)}.values() if compiled else ():
-        compile_layers(base_model(model))
+        compile_layers(base_model(model), args.cuda_graphs)
     logger.info(
         "packs: %s; attention: %s; reference: %s", packed.mode, packed.backend, reference.name
     )
@@ -153,6 +157,7 @@ def save_memory(models: Models, args: DPOConfig, rebind: bool = False) -> PackFo
     """
     if rebind:
         _bind(models.policy, args, models.forward, models.packed.mode)
+    check_cuda_graphs(args, models.compiled)
     if args.gradient_checkpointing:
         kwargs = args.gradient_checkpointing_kwargs
         if models.router is not None and checkpoint_kwargs(kwargs).get("use_reentrant"):

@@ -240,6 +240,11 @@ class TrainingOptions:
         "on a GPU. Unmeasured there so far, hence off.",
         ("auto", "off", "layers"),
     )
+    cuda_graphs: bool = option(
+        False,
+        "Record compiled layers as CUDA graphs: for small models that wait for the host. Needs "
+        "gradient_checkpointing: none; takes memory that no plan counts. Unmeasured so far.",
+    )
     use_liger_kernel: bool = option(
         False, "liger-kernel's norms, rotary embedding and MLP (not its loss); needs a GPU."
     )

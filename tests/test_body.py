@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import fastdpo.body as body
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.body import apply_liger, compile_layers, compiled_graphs, pack_lengths
+from fastdpo.body import (
+    apply_liger,
+    check_cuda_graphs,
+    compile_layers,
+    compiled_graphs,
+    pack_lengths,
+)
 from fastdpo.errors import ConfigError, MissingPackageError, ModelError
 from fastdpo.logps import prepare_packed_forward
 from fastdpo.packing import build_pack
+from fastdpo.policy import PackForward
 
 from .families import by_name
 from .test_keystone import mixed_pairs
@@ -84,19 +92,19 @@ def test_pack_lengths_are_few_and_hold_every_pack() -> None:
 
 
 def config(tmp_path, **options) -> DPOConfig:
-    return DPOConfig(
-        output_dir=str(tmp_path / "run"),
-        overwrite_output_dir=True,
-        learning_rate=1e-2,
-        max_steps=3,
-        per_device_train_batch_size=4,
-        max_tokens_per_pack=256,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **options,
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "overwrite_output_dir": True,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "max_tokens_per_pack": 256,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DPOConfig(**{**given, **options})
 
 
 def test_a_compiled_run_is_the_same_run(tmp_path) -> None:
@@ -124,6 +132,145 @@ def test_what_cannot_be_compiled_is_refused_or_left(tmp_path, caplog) -> None:
     model = by_name("GPT-2").build()
     with pytest.raises(ModelError, match="GPT2LMHeadModel has no list of layers.*compile: off"):
         compile_layers(model)
+
+
+def test_a_call_without_a_pack_is_not_compiled() -> None:
+    """Generating would compile every length."""
+    model: Any = tiny_llama(vocab_size=64)
+    prepare_packed_forward(model)
+    compile_layers(model)
+    before = compiled_graphs()
+    assert (
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3).numel() == 6
+    )
+    assert compiled_graphs() == before
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class FakeGraphs:
+    """In the place of torch.compile and its mark: what they were told, and nothing compiled."""
+
+    def __init__(self, monkeypatch):
+        self.calls: list[dict[str, Any]] = []
+        self.marks = 0
+        monkeypatch.setattr(torch, "compile", self.compile)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", self.mark)
+
+    def compile(self, function, **options):
+        self.calls.append(options)
+        return function
+
+    def mark(self):
+        self.marks += 1
+
+
+def test_cuda_graphs_are_asked_for_marked_and_keep_no_gradient(monkeypatch) -> None:
+    fake = FakeGraphs(monkeypatch)
+    model: Any = tiny_llama(vocab_size=64).train()
+    prepare_packed_forward(model)
+    compile_layers(model)
+    assert fake.calls.pop()["options"] is None
+    compile_layers(model, cuda_graphs=True)
+    (call,) = fake.calls
+    assert call == {
+        "backend": "aot_eager",
+        "dynamic": False,
+        "options": {"triton.cudagraphs": True},
+    }
+    assert "triton.cudagraphs" in torch._inductor.list_options()  # pyright: ignore
+    pack = build_pack(tiny_pairs(4, vocab_size=64), range(4), mode="shared")
+    forward = PackForward("cpu", False, cuda_graphs=True)
+    layers = list(model.model.layers.parameters())  # whose gradients a graph's next run overwrites
+    assert all(list(p._backward_hooks.values()) == [torch.clone] for p in layers)
+    for n in (1, 2):
+        forward(model, pack).sum().backward()
+        assert fake.marks == n
+    PackForward("cpu", False)(model, pack)
+    assert fake.marks == 2  # unasked: nothing is marked
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "they need a GPU, and this is cpu, or leave cuda_graphs out"),
+        (
+            {"device": "cuda"},
+            "they record compiled layers, and these are not compiled; set compile: lay",
+        ),
+        (
+            {"device": "cuda", "compiled": True},
+            "layers twice a pass; set gradient_checkpointing: n",
+        ),
+        (
+            {
+                "device": "cuda",
+                "compiled": True,
+                "gradient_checkpointing": "none",
+                "activation_offloading": True,
+            },
+            "activation_offloading copies activations while graphs go on",
+        ),
+        (
+            {
+                "device": "cuda",
+                "compiled": True,
+                "gradient_checkpointing": "auto",
+                "activation_offloading": "auto",
+            },
+            None,
+        ),
+    ],
+)
+def test_cuda_graphs_that_cannot_be_are_refused(tmp_path, monkeypatch, options, message) -> None:
+    options = dict(options)
+    device, compiled = options.pop("device", "cpu"), options.pop("compiled", False)
+    args = config(tmp_path, cuda_graphs=True, **options)
+    monkeypatch.setattr(type(args), "device", torch.device(device))
+    if message is None:
+        check_cuda_graphs(args, compiled)
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_cuda_graphs(args, compiled)
+    assert "'cuda_graphs' can't be had" in str(caught.value)
+    if device == "cpu":
+        with pytest.raises(ConfigError, match="they need a GPU"):
+            DPOTrainer(tiny_llama(), args=args, train_dataset=tiny_pairs(12))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lora", [False, True])
+def test_recorded_layers_give_the_numbers_of_eager_ones(tmp_path, monkeypatch, lora: bool) -> None:
+    """Steps of two packs and more, so that gradients outlive the pass that made them; a reference
+    beside them, and an evaluation between."""
+    monkeypatch.setattr(body, "_BACKEND", "inductor")
+    pairs = tiny_pairs(24, pairs_per_prompt=2)
+    runs = []
+    for options in ({"compile": "off"}, {"compile": "layers", "cuda_graphs": True}):
+        given: Any = {
+            **{"use_cpu": False, "bf16": False, "gradient_checkpointing": "none", "max_steps": 8},
+            **{"max_tokens_per_pack": 128, "eval_strategy": "steps", "eval_steps": 4, **options},
+        }
+        made = DPOTrainer(
+            tiny_llama(),
+            args=config(tmp_path, **given),
+            train_dataset=pairs,
+            eval_dataset=pairs,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+            if lora
+            else None,
+        )
+        made.train()
+        runs.append([log for log in made.state.log_history if "grad_norm" in log])
+    for plain, recorded in zip(*runs, strict=True):
+        # fp32 in other kernels; eight steps of Adam enlarge last bits.
+        assert recorded["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+        assert recorded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
+
+
+# ---- liger-kernel --------------------------------------------------------------------------------
 
 
 def test_ligers_layers_without_its_loss(monkeypatch) -> None:
