@@ -42,9 +42,10 @@ def poisoned(tmp_path, what: str, **overrides):
     class Poison:
         needs_whole_step = plain.needs_whole_step
         stats = plain.stats
+        trained_pairs = staticmethod(plain.trained_pairs)
 
-        def __call__(self, scored, mean_length, *, grad):
-            losses = plain(scored, mean_length, grad=grad)
+        def __call__(self, scored, mean_length, *, grad, trained=None):
+            losses = plain(scored, mean_length, grad=grad, trained=trained)
             for one, loss in zip(scored, losses, strict=True):
                 hit = torch.from_numpy(one.pack.pair_ids == 9)
                 if what == "loss":
