@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from . import ROOT, workloads
-from .bench_train_step import SECONDS_NEEDED, Bench, Case, figures
 from .harness import (
     Budget,
     Results,
@@ -26,6 +25,7 @@ from .harness import (
     matmul_flops_per_second,
     table,
 )
+from .train_cases import SECONDS_NEEDED, Bench, Case, figures
 
 SWEEPS = ("tokens per pack", "pairs per step", "parameters")
 

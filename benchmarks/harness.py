@@ -24,7 +24,7 @@ from . import ROOT
 
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "datasets", "accelerate", "trl", "liger_kernel",
-    "cut_cross_entropy", "quack", "flash_attn", "bitsandbytes",
+    "cut_cross_entropy", "quack", "flash_attn", "bitsandbytes", "unsloth",
 )  # fmt: skip
 # Where the name of the distribution is not the name of the import.
 DISTRIBUTIONS = {

@@ -1,8 +1,9 @@
-"""Whole trainers under one roof: fastdpo and TRL, built and run the way their users do it.
+"""Whole trainers under one roof: fastdpo, TRL and Unsloth, built and run as their users do it.
 
 Each gets the same model, pairs, order, optimizer and number of steps. "-best" is each with the
-reference precomputed and no gradient checkpointing; TRL's also sorts by length and takes
-flash-attention and Liger's layers where they are installed. An absent peer is named, not faked.
+reference precomputed and activations kept; TRL's also sorts by length and takes one large batch,
+flash-attention and Liger's layers where they can be had. An absent peer is named, not faked, and so
+is what a peer lacks of its best.
 """
 
 import gc
@@ -10,7 +11,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class Timing:
     peak_bytes: int | None  # beyond what was allocated before the trainer; None on CPU
     first_loss: float
     last_loss: float
+
+
+TIMED = tuple(field.name for field in fields(Timing))
 
 
 class StepClock(TrainerCallback):
@@ -118,6 +122,10 @@ def _fastdpo_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
     return _fastdpo(job, options)
 
 
+def _fastdpo_uncompiled(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    return _fastdpo(job, options | {"compile": "off"})
+
+
 def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
@@ -137,7 +145,7 @@ def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
             self.n_tokens += inputs["input_ids"].numel()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    micro_batch = min(options.pop("micro_batch", job.micro_batch), job.pairs_per_step)
+    micro_batch = min(job.micro_batch, job.pairs_per_step)
     options |= {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": job.pairs_per_step // micro_batch,
@@ -147,22 +155,39 @@ def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
 
 def _trl_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
     options |= {
-        "gradient_checkpointing": False,
         "precompute_ref_log_probs": True,
         "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,  # it would remove `length` before the sampler reads it
-        "micro_batch": job.pairs_per_step,
-        "use_liger_kernel": importlib.util.find_spec("liger_kernel") is not None,
+        "use_liger_kernel": _liger_missing(job.device) is None,
     }
+    if "length" not in job.rows[0]:  # of text, by its characters: for the order alone
+        rows = [
+            row | {"length": len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))}
+            for row in job.rows
+        ]
+        job = replace(job, rows=rows)
     return _trl(job, options)
 
 
 TRAINERS: dict[str, Callable[[Job, dict[str, Any]], tuple[type, Any, Any]]] = {
     "fastdpo": _fastdpo,
-    "trl": _trl,
     "fastdpo-best": _fastdpo_best,
+    "fastdpo-uncompiled": _fastdpo_uncompiled,
+    "trl": _trl,
     "trl-best": _trl_best,
+    "unsloth": _trl,  # it replaces TRL's classes when it is imported
 }
+
+
+def settings(trainer: str, pairs_per_step: int) -> list[dict[str, Any]]:
+    """What to try one after the other while memory runs out: the fields of `Job` to replace."""
+    if trainer != "trl-best":
+        return [{}]
+    return [
+        {"micro_batch": pairs_per_step, "gradient_checkpointing": False},
+        {"micro_batch": max(pairs_per_step // 4, 1), "gradient_checkpointing": False},
+        {"micro_batch": pairs_per_step, "gradient_checkpointing": True},
+    ]
 
 
 def precomputes_reference(trainer: str) -> bool:
@@ -176,10 +201,76 @@ def absent(trainer: str) -> str | None:
     return f"{', '.join(missing)} not installed" if missing else None
 
 
-def use_best_attention(model: PreTrainedModel) -> None:
-    """Flash-attention for a padding trainer where the package is there; else what the model has."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        model.set_attn_implementation("flash_attention_2")
+def unsloth_absent(device: torch.device, tuning: str, python: str | None) -> str | None:
+    """Why Unsloth can't run here, or None; nothing of it is imported."""
+    if tuning == "full":
+        return "Unsloth's DPO trains adapters: no full fine-tuning beside a reference"
+    if device.type != "cuda":
+        return "Unsloth needs a GPU"
+    if python is None and importlib.util.find_spec("unsloth") is None:
+        return "unsloth not installed; --unsloth-python names a Python that has it"
+    return None
+
+
+def without(trainer: str, device: torch.device) -> list[str]:
+    """What a peer at its best lacks here, each with the reason."""
+    if trainer != "trl-best":
+        return []
+    missing = {"Liger's layers": _liger_missing(device), "flash-attention": _flash_missing(device)}
+    # TRL 1.16 warns and pads all the same where padding_free is asked for.
+    known = ["padding-free batches (TRL has switched them off)"]
+    return known + [f"{part} ({reason})" for part, reason in missing.items() if reason]
+
+
+def rewrites_transformers(trainer: str, device: torch.device) -> bool:
+    """Whether running `trainer` changes classes that the trainers after it would use."""
+    return trainer == "unsloth" or (trainer == "trl-best" and _liger_missing(device) is None)
+
+
+def _liger_missing(device: torch.device) -> str | None:
+    return _missing("liger_kernel", device)
+
+
+def _flash_missing(device: torch.device) -> str | None:
+    return _missing("flash_attn", device)
+
+
+def _missing(package: str, device: torch.device) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} not installed"
+    return None if device.type == "cuda" else "needs a GPU"
+
+
+def unsloth_model(
+    folder: str, job: Job, *, bits4: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model saved in `folder`, loaded by Unsloth; in a process that imported it first."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    return FastLanguageModel.from_pretrained(
+        folder,
+        max_seq_length=job.max_length,
+        dtype=torch.bfloat16 if job.bf16 else torch.float32,
+        load_in_4bit=bits4,
+        fix_tokenizer=False,  # there is no text
+        use_exact_model_name=True,  # a folder, not a name to be looked up
+    )
+
+
+def _unsloth_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        lora_dropout=0,
+        bias="none",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                        "down_proj"],
+        use_gradient_checkpointing="unsloth",
+        random_state=0,
+    )  # fmt: skip
 
 
 def run(
@@ -197,8 +288,9 @@ def run(
     device = job.device
     with tempfile.TemporaryDirectory() as folder:
         trainer_class, config, dataset = TRAINERS[trainer](job, _options(job, folder))
-        if trainer == "trl-best":
-            use_best_attention(model)
+        if trainer == "trl-best" and _flash_missing(device) is None:
+            model.set_attn_implementation("flash_attention_2")
+        torch._dynamo.reset()  # another trainer's graphs would count towards its limit
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=LORA_RANK,
@@ -210,13 +302,15 @@ def run(
         gc.collect()
         before = _reset_memory(device)
         started, cpu_started = time.perf_counter(), time.process_time()
+        if trainer == "unsloth":
+            model = _unsloth_adapters(model)
         made = trainer_class(
             model=model,
             ref_model=ref_model,
             args=config,
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=lora if job.lora else None,
+            peft_config=lora if job.lora and trainer != "unsloth" else None,
             callbacks=[clock, *callbacks],
         )
         synchronize(device)
@@ -225,7 +319,8 @@ def run(
         synchronize(device)
         finished, cpu_finished = time.perf_counter(), time.process_time()
         logs = [log for log in made.state.log_history if "loss" in log]
-        tokens = made.n_tokens if trainer.startswith("trl") else made.pack_stats.n_tokens
+        ours = trainer.startswith("fastdpo")
+        tokens = made.pack_stats.n_tokens if ours else made.n_tokens
         return Timing(
             construction_seconds=built - started,
             training_seconds=finished - built,

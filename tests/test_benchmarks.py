@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_scaling, bench_train_step, harness, hh, peers, workloads
 from tests.tiny import tiny_rows
 
+CPU = torch.device("cpu")
 ENVIRONMENT = {"commit": "a", "device": {}, "python": "3", "versions": {}}
 
 
@@ -176,7 +177,7 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
     assert path.with_suffix(".png").stat().st_size > 1000
     rows = document["rows"]
     runs = {(row["case"], row["trainer"]): row for row in rows if "phases" not in row}
-    absent = [t for t in peers.TRAINERS if peers.absent(t)]
+    absent = [t for t in peers.TRAINERS if peers.absent(t)] + ["unsloth"]  # no GPU here
     expected = {(c.name, t) for c in bench_train_step.SMOKE_CASES for t in c.trainers}
     assert set(runs) == {key for key in expected if key[1] not in absent}
     profiled = {(c, t) for c, t in expected if t in ("fastdpo", "trl")}
@@ -189,6 +190,10 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
         assert row["last_loss"] == pytest.approx(runs[case, "fastdpo"]["last_loss"], rel=1e-4)
     out = capsys.readouterr().out
     assert "pairs/s" in out and "times the least possible" in out
+    assert "Unsloth needs a GPU" in out
+    if "trl-best" not in absent:
+        assert "trl-best without: padding-free batches" in out and "flash_attn not installed" in out
+        assert runs["tiny-lora-hh", "trl-best"]["without"] == peers.without("trl-best", CPU)
 
     # Where the time went: all of it in known phases, LoRA's only where there is LoRA.
     for row in (row for row in rows if "phases" in row):
