@@ -200,15 +200,21 @@ def as_table(summary: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Pairs per second, a panel a case."""
+    """Pairs per second, a panel a case, four in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(s["case"] for s in summary))
-    figure, axes = plt.subplots(1, len(cases), figsize=(1 + 2.6 * len(cases), 3.2), squeeze=False)
-    for axis, case in zip(axes[0], cases, strict=True):
+    columns = min(4, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1 + 2.6 * columns, 3.2 * lines), squeeze=False
+    )
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, case in zip(axes.flat, cases, strict=False):
         bars = [s for s in summary if s["case"] == case]
         colours = ["#1f77b4" if s["trainer"].startswith("fastdpo") else "#bbbbbb" for s in bars]
         drawn = axis.bar([s["trainer"] for s in bars], [s["pairs_per_second"] for s in bars])
@@ -217,7 +223,8 @@ def plot(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axis.bar_label(drawn, fmt="%.3g")
         axis.set_title(case, fontsize=9)
         axis.tick_params(axis="x", rotation=40, labelsize=8)
-    axes[0][0].set_ylabel("pairs/s")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("pairs/s")
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -13,9 +13,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
+from .workloads import LORA_RANK
+
 PHASES: tuple[str, ...] = (
-    "GEMMs", "attention", "norms", "LoRA", "log-probs and loss", "optimizer", "gathers and copies",
-    "elementwise", "idle",
+    "GEMMs", "attention", "shared prompts", "norms", "LoRA", "log-probs and loss", "optimizer",
+    "gathers and copies", "elementwise", "idle",
 )  # fmt: skip
 MARK = "phase: "
 ELSEWHERE = ""  # an operation that neither a mark nor a name places
@@ -26,11 +28,13 @@ BY_NAME = (
                             "chunkedlogprob", "log_softmax", "logsigmoid")),
     ("attention", ("scaled_dot_product", "flash_attn", "flash_attention", "flashattn", "varlen",
                    "flex_attention", "efficient_attention")),
-    ("gathers and copies", ("gatherrows", "index_select", "embedding", "memcpy", "memset")),
+    ("gathers and copies", ("index_select", "embedding", "memcpy", "memset")),
 )  # fmt: skip
+SHARED = "gatherrows"  # keys, values, hidden rows of prompts; backward: their segment sums
 # What an operator tells about itself where neither a name above nor a module does.
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_",
             "mkldnn::_linear_pointwise")  # fmt: skip
+MOST_RANKS = 3 * LORA_RANK  # of siblings' adapters multiplied together; bases are wider
 COPY_OPS = ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::clone", "aten::fill_")
 
 
@@ -141,6 +145,8 @@ def by_phase(events: Iterable[Any], *, cuda: bool) -> tuple[dict[str, float], di
         if time <= 0 or (not cuda and _waits(event.name)):
             continue
         phase = _phase(event, forward)
+        if phase == "LoRA" and _is_base_product(event):
+            phase = "GEMMs"
         seconds[phase] += time / 1e6
         sizes = [_count(shape) for shape in event.input_shapes or ()]
         if sizes:
@@ -170,6 +176,8 @@ def _phase(event: Any, forward: dict[int, str]) -> str:
 
 def _named(event: Any) -> str | None:
     """The phase of the innermost mark or telling name around an event."""
+    if any(SHARED in ancestor.name.lower() for ancestor in _chain(event)):
+        return "shared prompts"  # whose innermost names are those of any gather
     for ancestor in _chain(event):
         if ancestor.name.startswith(MARK):
             return ancestor.name.removeprefix(MARK)
@@ -178,6 +186,15 @@ def _named(event: Any) -> str | None:
             if any(part in lower for part in parts):
                 return phase
     return None
+
+
+def _is_base_product(event: Any) -> bool:
+    """Whether a product inside a LoRA layer is its base's: neither operand has the rank's width."""
+    product = next((e for e in _chain(event) if e.name in GEMM_OPS), None)
+    if product is None:
+        return False
+    matrices = [shape for shape in product.input_shapes or () if len(shape) == 2]
+    return bool(matrices) and min(min(shape) for shape in matrices) > MOST_RANKS
 
 
 def _own(event: Any) -> str:

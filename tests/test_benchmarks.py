@@ -14,6 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_scaling, bench_train_step, harness, hh, peers, workloads
+from fastdpo.data import TokenizedPairs
+from fastdpo.packing import build_pack
 from tests.tiny import tiny_rows
 
 CPU = torch.device("cpu")
@@ -88,6 +90,31 @@ def test_necessary_flops_are_those_of_the_products_that_run():
     assert cached == pytest.approx(3 * forward)  # backward is twice forward
     lora = workloads.necessary_flops(config, lengths, lora=True, live_reference=False)
     assert 2 * forward < lora < 2.5 * forward  # no gradient of a frozen weight, but an adapter
+
+
+@pytest.mark.parametrize("name", workloads.LENGTHS)
+@pytest.mark.parametrize("shape", ["0.5B", "1B", "3B", "8B"])
+def test_gathering_shared_prompts_is_a_small_part_of_a_step_by_its_bytes(shape, name):
+    """Keys and values of real packs, at an H200's rates: 4.3 TB/s read and written, 788 TFLOP/s.
+
+    The rest of the step is taken at the full rate of a matmul, so the share is the largest it can
+    be; launches, which bytes know nothing of, are timed by the benchmark.
+    """
+    config, n_pairs = workloads.SHAPES[shape], 8 if name == "long" else 16
+    lengths = workloads.LENGTHS[name].draw(n_pairs, 8192 if name == "long" else 2048)
+    ids = [[[3] * n for n in column] for column in lengths.T.tolist()]
+    pack = build_pack(TokenizedPairs.from_lists(*ids), range(n_pairs), mode="shared")
+    assert pack.layout is not None
+    gathered, source = len(pack.layout.kv.index), pack.layout.kv.n_source
+    assert source < gathered < 2 * source
+    # Policy, its recomputation and the reference read and write what is gathered; one backward
+    # pass reads it and writes a row for each of the source's.
+    rows = 3 * 2 * gathered + gathered + source
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_bytes = 2 * config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * rows
+    flops = workloads.necessary_flops(config, lengths, lora=True, live_reference=True)
+    gathering, step = n_bytes / 4.3e12, flops / 788e12
+    assert gathering / (gathering + step) < 0.03  # the bar; 0.5 to 1.4 % of these
 
 
 def test_a_random_head_is_peaked():
@@ -202,6 +229,7 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
         assert (spent["LoRA"] > 0) == ("lora" in row["case"])
         for phase in ("GEMMs", "attention", "norms", "log-probs and loss", "optimizer"):
             assert spent[phase] > 0, (row["case"], row["trainer"], phase)
+        assert (spent["shared prompts"] > 0) == (row["trainer"] == "fastdpo")
 
     # Resumed with nothing left to do; and stopped for time before it began.
     assert bench_train_step.main(["--smoke", "--output", str(path), "--resume"]) == 0
