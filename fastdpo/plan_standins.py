@@ -77,8 +77,8 @@ class PlannedHead(torch.autograd.Function):
         out = torch.promote_types(rounded, torch.float32)
         logps = hidden.new_empty(n, dtype=out)
         vectors = [hidden.new_empty(n, dtype=out) for _ in range(4 if triton else 3)]
-        rows = hidden.to(rounded)
-        unscaled = rows.new_empty(n, d) if hidden.requires_grad else None
+        rows = hidden.to(rounded) if triton else hidden  # which torch converts tile by tile
+        unscaled = hidden.new_empty(n, d, dtype=rounded) if hidden.requires_grad else None
         trained = weight.requires_grad
         kept, borrowed = _head_bytes(rows, weight, rounded, workspace_bytes, trained, triton)
         saved = [hidden.new_empty(kept, dtype=torch.uint8)] if kept else []

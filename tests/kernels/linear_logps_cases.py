@@ -22,6 +22,7 @@ def saved_kept(head: Head, workspace_bytes: int) -> bool:
         head.hidden,
         head.weight,
         head.targets,
+        rounded=head.hidden.dtype,
         adapter=None,
         bias=None,
         softcap=None,

@@ -340,6 +340,20 @@ def test_the_backward_pass_makes_no_wider_copy_of_the_gradient():
     assert peak_bytes(step) <= workspace_bytes + 2 * n * d * 2 + 24 * 8 * n
 
 
+def test_autocast_makes_no_copy_of_all_hidden_rows():
+    n, d, v, workspace_bytes = 8192, 256, 200, 2**20
+    head = peaked_head(n, d, v)
+    head.hidden.requires_grad_()
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_logps(head.hidden, head.weight, head.targets, workspace_bytes=workspace_bytes)
+
+    # the unscaled gradient in bf16, and [N] vectors; a copy would be n d 2 more, four times the
+    # workspace
+    assert peak_bytes(forward) <= workspace_bytes + n * d * 2 + 24 * 8 * n
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_peak_memory_when_every_row_overflows(trained):
     n, d, v, workspace_bytes = 512, 32, 4096, 3 * 2**22

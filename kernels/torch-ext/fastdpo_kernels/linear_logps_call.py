@@ -77,7 +77,7 @@ class Call:
         """`keep`: the exponentials may stay for `weight_grad`, where the workspace has room."""
         with _undisturbed(hidden.device):
             return self._module.forward(
-                hidden.detach().to(self.rounded),
+                self._rows(hidden),
                 weight.detach(),
                 targets,
                 adapter=_detach(adapter),
@@ -103,7 +103,7 @@ class Call:
         """dW [V, D], or the adapter's [V, r], and db [V] (None if not asked for)."""
         with _undisturbed(hidden.device):
             return self._module.weight_grad(
-                hidden.detach().to(self.rounded),
+                self._rows(hidden),
                 weight.detach(),
                 targets,
                 saved,
@@ -119,9 +119,14 @@ class Call:
     def _module(self) -> Any:
         return importlib.import_module(f".linear_logps_{self.impl}", __package__)
 
+    def _rows(self, hidden: Tensor) -> Tensor:
+        """Triton's tiles are read as they are; torch's are converted one by one, to `rounded`."""
+        return hidden.detach().to(self.rounded if self.impl == "triton" else hidden.dtype)
+
     @property
     def _transform(self) -> dict[str, Any]:
-        return {
+        rounded = {} if self.impl == "triton" else {"rounded": self.rounded}
+        return rounded | {
             "softcap": self.softcap,
             "scale": self.scale,
             "temperature": self.temperature,

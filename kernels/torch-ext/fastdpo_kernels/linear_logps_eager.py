@@ -46,6 +46,7 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -59,7 +60,7 @@ def forward(
     workspace_bytes: int,
 ) -> ForwardResult:
     """See `impls.ForwardResult`; what is saved is d logp / d (hidden @ weight.T), [N, V]."""
-    head = Head(weight, adapter, bias, softcap, scale, temperature, hidden.dtype)
+    head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     ignored = targets == ignore_index
     some = bool(ignored.any())
     y, h = targets, head.operand(hidden)
@@ -75,10 +76,10 @@ def forward(
     s_o = e.sum(1)
     if not (s_o < linear_logps_torch.OVERFLOW).all():  # nor if some are not numbers
         return linear_logps_torch.forward(
-            hidden, weight, targets, adapter=adapter, bias=bias, softcap=softcap, scale=scale,
-            temperature=temperature, ignore_index=ignore_index, stats=stats,
-            need_hidden_grad=need_hidden_grad, need_weight_grad=need_weight_grad, keep=keep,
-            workspace_bytes=workspace_bytes,
+            hidden, weight, targets, rounded=rounded, adapter=adapter, bias=bias,
+            softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
+            stats=stats, need_hidden_grad=need_hidden_grad, need_weight_grad=need_weight_grad,
+            keep=keep, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     logps = -s_o.log1p()
     inv_sum = 1 / (1 + s_o)
@@ -96,7 +97,7 @@ def forward(
         if some:
             d_logit.masked_fill_(ignored[:, None], 0)
         if need_hidden_grad:
-            grad = (d_logit @ w).to(hidden.dtype)
+            grad = (d_logit @ w).to(rounded)
     return ForwardResult(
         token_logps=logps.masked_fill_(ignored, 0) if some else logps,
         hidden_grad=grad,
@@ -112,6 +113,7 @@ def weight_grad(
     saved: tuple[Tensor, ...],
     grad_logps: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -124,14 +126,14 @@ def weight_grad(
     """dW [V, D], or an adapter's gradient [V, r], and db [V] (None if not asked for)."""
     if len(saved) > 1:  # a row had overflowed
         return linear_logps_torch.weight_grad(
-            hidden, weight, targets, saved, grad_logps, adapter=adapter, bias=bias,
+            hidden, weight, targets, saved, grad_logps, rounded=rounded, adapter=adapter, bias=bias,
             softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
             workspace_bytes=workspace_bytes, need_bias_grad=need_bias_grad,
         )  # fmt: skip
     d_logit = next(iter(saved))
     trained = weight if adapter is None else adapter
     ignored = targets == ignore_index
-    h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(d_logit.dtype)
+    h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(rounded).to(d_logit.dtype)
     g = grad_logps.to(d_logit.dtype)
     scaled = (h * g[:, None]).masked_fill_(ignored[:, None], 0)
     grad = (d_logit.mT @ scaled).to(trained.dtype)

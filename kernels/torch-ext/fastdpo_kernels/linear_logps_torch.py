@@ -82,6 +82,7 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -96,10 +97,11 @@ def forward(
 ) -> ForwardResult:
     """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
 
-    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
+    Operands are rounded to `rounded`, tile by tile, and so is the gradient of `hidden`. With an
+    `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
     """
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
-    head = Head(weight, adapter, bias, softcap, scale, temperature, hidden.dtype)
+    head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     fixed = device.type == "cpu"
     ignored = targets == ignore_index
 
@@ -107,7 +109,7 @@ def forward(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     logps, saved = new(n), [new(n) for _ in range(3)]
-    hidden_grad = new(n, d, dtype=hidden.dtype) if need_hidden_grad else None
+    hidden_grad = new(n, d, dtype=rounded) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
     kept_bytes = n * v * head.dtype.itemsize if need_weight_grad and keep else 0
@@ -127,7 +129,7 @@ def forward(
         done = _run_rows(job, h, y, at_max, store)
         logps[index] = done.logps.masked_fill(skip, 0)
         if hidden_grad is not None and done.grad is not None:
-            hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(hidden.dtype)
+            hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(rounded)
         for whole, part in zip(saved, done.saved, strict=True):
             whole[index] = part
         for name, part in done.stats.items():
@@ -165,6 +167,7 @@ def weight_grad(
     saved: tuple[Tensor, ...],
     grad_logps: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -184,7 +187,7 @@ def weight_grad(
     """
     frame, inv_sum, target_e, *kept = saved
     n, v = len(hidden), weight.shape[0]
-    head = Head(weight, adapter, bias, softcap, scale, temperature, hidden.dtype)
+    head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     trained = weight if adapter is None else adapter
     first = head.width - trained.shape[1]  # the column of hidden that meets its first
     ignored = targets == ignore_index
