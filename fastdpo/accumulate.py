@@ -7,6 +7,7 @@ parameter is updated as soon as its gradient is whole, so gradients take no memo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from .config import DPOConfig
 from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from .nonfinite import FiniteGuard
     from .steps import StepPlan
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -74,11 +76,12 @@ class StepInBackward:
     """Steps `optimizer` for one parameter at a time, inside the backward pass.
 
     The optimizer and its groups stay what they are: learning rates, states and checkpoints are
-    those of an ordinary step, which afterwards finds no gradient left.
+    those of an ordinary step, which afterwards finds no gradient left. From the first loss or
+    gradient that is not finite on nothing is updated any more.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, guard: FiniteGuard):
+        self.optimizer, self.guard = optimizer, guard
         groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         self._group = dict(groups)
         self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p, _ in groups]
@@ -101,9 +104,11 @@ class StepInBackward:
     def _step(self, parameter: Tensor) -> None:
         groups = self.optimizer.param_groups
         step: Any = type(self.optimizer).step  # the scheduler counts calls of the instance's own
+        assert parameter.grad is not None
+        self.guard.judge_gradient(parameter.grad)
         self.optimizer.param_groups = [{**self._group[parameter], "params": [parameter]}]
         try:
-            step(self.optimizer)
+            self.guard.apply(self.optimizer, functools.partial(step, self.optimizer))
         finally:
             self.optimizer.param_groups = groups
         parameter.grad = None
@@ -114,7 +119,7 @@ class StepInBackward:
 
 
 def make_gradients(
-    optimizer: torch.optim.Optimizer, args: DPOConfig, plan: StepPlan
+    optimizer: torch.optim.Optimizer, args: DPOConfig, plan: StepPlan, guard: FiniteGuard
 ) -> Fp32Accumulation | StepInBackward:
     """What handles the gradients of `optimizer`'s parameters; a context, as long as it does.
 
@@ -142,4 +147,4 @@ def make_gradients(
                     f"{n_packs}; raise max_tokens_per_pack ({plan.packer.max_tokens}), lower "
                     "per_device_train_batch_size, or leave it out"
                 )
-    return StepInBackward(optimizer)
+    return StepInBackward(optimizer, guard)

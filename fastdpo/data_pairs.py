@@ -8,6 +8,7 @@ of sampling, lest its reference be computed again. Rows and tokenizers: data.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,7 +54,7 @@ class TokenizedPairs:
         """Token ids of pair i's rejected response, without the prompt: a view, int32."""
         return self._part(i, 2)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[n, 3] int64: tokens in the prompt, the chosen and the rejected response."""
         return np.diff(self.offsets).reshape(-1, 3)
@@ -70,7 +71,7 @@ class TokenizedPairs:
         columns = {name: values[indices] for name, values in self.columns.items()}
         return TokenizedPairs(ids, offsets, self.rows[indices], columns)
 
-    @property
+    @functools.cached_property
     def scored_lengths(self) -> np.ndarray:
         """[n, 2] int64: scored tokens of chosen and rejected. Behind an empty prompt nothing
         predicts a response's first token: it is not scored."""

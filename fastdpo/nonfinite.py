@@ -1,8 +1,7 @@
 """Steps whose loss or gradient is not finite: decided on the device, never applied, named later.
 
-No operation here waits for the device before `FiniteGuard.read`, which a log or a checkpoint calls.
-Where an optimizer can't be told on the device (it is not fused), the host decides: on a CPU that
-costs nothing; on a GPU it waits once a step for `skip`, and leaves `stop` unguarded.
+No operation here waits for a GPU before `FiniteGuard.read`, which a log or a checkpoint calls. How
+a step is held back from an optimizer that can't be told to skip it is held_step.py's affair.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import ModelError
+from .errors import ConfigError, ModelError
+from .held_step import mask_gradients, step_unless
 from .runtime import sum_over_ranks
 from .steps import mean_chosen_length
 
@@ -76,34 +76,82 @@ class FiniteGuard:
         """Drops the step in hand: it starts again."""
         self._open = _Step(0)
 
+    def judge_gradient(self, grad: torch.Tensor) -> None:
+        """For updates inside the backward pass: from the first loss or gradient of the step in hand
+        that is not finite on, `apply` holds back."""
+        step = self._open
+        if step.bad is None:
+            step.bad = self._not_finite(torch.zeros((), device=self.device), step)
+        largest = torch.linalg.vector_norm(grad, math.inf)  # no copy of a whole gradient
+        step.bad = torch.maximum(step.bad, (~largest.isfinite()).float())
+        self._held = torch.maximum(self._held, step.bad)
+
     def judge(self, number: int, grad_norm: torch.Tensor | None) -> torch.Tensor:
         """Ends the step in hand; [] 1 where it is not to be applied, else 0."""
         step, self._open = self._open, _Step(0)
         step.number = number
         total = torch.zeros((), device=self.device) if grad_norm is None else grad_norm.float()
-        for _, losses in step.packs:
-            total = total + losses.sum()
-        step.bad = sum_over_ranks((~total.isfinite()).float()).clamp(max=1)
+        bad = self._not_finite(total, step)
+        if step.bad is not None:
+            bad = torch.maximum(bad, step.bad)
+        step.bad = sum_over_ranks(bad).clamp(max=1)
         stays = self._held if self.mode == "stop" else torch.zeros_like(self._held)
         self._held = torch.maximum(step.bad, stays)
         self._steps.append(step)
         return self._held
 
+    @staticmethod
+    def _not_finite(total: torch.Tensor, step: _Step) -> torch.Tensor:
+        """[] 1 where `total` or a loss of `step` is not finite."""
+        for _, losses in step.packs:
+            total = total + losses.sum()
+        return (~total.isfinite()).float()
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first step: counts of steps go to the device, where `apply` can hold them.
+
+        Raises `ConfigError` where an optimizer's state is out of the device's reach.
+        """
+        if self.mode != "skip" or _takes_the_decision(optimizer):
+            return
+        if getattr(optimizer, "is_paged", False):
+            raise ConfigError(
+                "on_nonfinite 'skip' takes back an optimizer's states on the device, and a paged "
+                "optimizer keeps them elsewhere; use adamw_8bit or adamw_torch_fused, or set "
+                "on_nonfinite: stop"
+            )
+        for group in optimizer.param_groups:
+            if self.device.type == "cuda" and "capturable" in group:
+                group["capturable"] = True  # torch's own: its counts of steps are on the device
+
     def guards(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether `apply` can hold a step back."""
+        """Whether `apply` leaves everything as it was where it holds a step back."""
         return _takes_the_decision(optimizer) or self.mode == "skip" or self.device.type == "cpu"
 
-    def apply(self, optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer.step()`, unless the step was judged not finite."""
+    def apply(
+        self, optimizer: torch.optim.Optimizer, step: Callable[[], Any] | None = None
+    ) -> None:
+        """`optimizer.step()` (or `step`), unless what is in hand was judged not finite.
+
+        On a GPU, where an optimizer is not fused, `stop` takes the gradients alone away: weights
+        stay finite, and move by what momentum and decay do until the run ends.
+        """
+        step = step or optimizer.step
         if _takes_the_decision(optimizer):
             fused: Any = optimizer  # torch's own way in, made for loss scaling
             fused.grad_scale, fused.found_inf = None, self._held
             try:
-                optimizer.step()
+                step()
             finally:
                 del fused.grad_scale, fused.found_inf
-        elif not self.guards(optimizer) or not self._held.item():
-            optimizer.step()
+        elif self.device.type == "cpu":
+            if not self._held.item():
+                step()
+        elif self.mode == "skip":
+            step_unless(self._held, optimizer)
+        else:
+            mask_gradients(self._held, optimizer)
+            step()
 
     def read(self) -> BadStep | None:
         """The first bad step since the last `read`, if any. One wait for the device."""

@@ -7,7 +7,8 @@ Computed ahead and kept on disk: precompute.py. Moved during training: reference
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from .batch import Pack
 from .config import DPOConfig
 from .errors import ConfigError, ModelError, did_you_mean
 from .model import base_model, disable_dropout, is_quantized
+from .switches import Switch
 
 PackForward = Callable[[nn.Module, Pack], torch.Tensor]  # (model, pack) -> token_logps [N]
 
@@ -61,13 +63,21 @@ class AdapterReference:
     equals_initial_policy: bool
     name: str = "adapters_off"
 
+    def __post_init__(self) -> None:
+        self._switched = Switch(self.model, self._plainly_switched)
+
+    @contextlib.contextmanager
+    def _plainly_switched(self) -> Iterator[None]:
+        with evaluating(self.model), reference_adapter(self.model, self.adapter):
+            yield
+
     @property
     def adapters(self) -> Sequence[str]:
         return () if self.adapter is None else (self.adapter,)
 
     @torch.no_grad()
     def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
-        with evaluating(self.model), reference_adapter(self.model, self.adapter):
+        with self._switched():
             return [self.forward(self.model, pack) for pack in packs]
 
 
@@ -81,13 +91,16 @@ class ModelReference:
     equals_initial_policy: bool
     name: str = "model"
 
+    def __post_init__(self) -> None:
+        self._switched = Switch(self.model, functools.partial(evaluating, self.model))
+
     @property
     def adapters(self) -> Sequence[str]:
         return self.model.active_adapters if isinstance(self.model, PeftModel) else ()
 
     @torch.no_grad()
     def token_logps(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
-        with evaluating(self.model):
+        with self._switched():
             return [self.forward(self.model, pack) for pack in packs]
 
 

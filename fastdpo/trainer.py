@@ -247,8 +247,8 @@ class DPOTrainer(TrainerInterface):
             for pack, reference in zip(step.packs, references, strict=True):
                 scored, output = self._score(pack, reference)
                 (loss,) = self.objective([scored], step.mean_chosen_length, grad=True)
-                self._backward(output, loss, step, self._router_grad([output], step))
                 self._count(scored, loss)
+                self._backward(output, loss, step, self._router_grad([output], step))
         self._check_first_step = False
         self.gradients.finish()
         sum_gradients_over_ranks(self.trainable)
@@ -320,10 +320,11 @@ class DPOTrainer(TrainerInterface):
         for one, loss, pack in zip(scored, losses, trained, strict=True):
             router = router_grad is not None
             output = self._forward.with_stats(self.model, pack, (), router)
-            self._backward(output, loss, step, router_grad)
             self._count(one, loss)
+            self._backward(output, loss, step, router_grad)
 
     def _count(self, scored: ScoredPack, loss: PackLoss) -> None:
+        """Before the backward pass, which may update weights already (optimizer_in_backward)."""
         if self._check_first_step:
             dtype = torch.bfloat16 if self.args.bf16 else base_model(self.model).dtype
             check_first_step(scored, loss, self.args.beta, dtype)
@@ -356,7 +357,8 @@ class DPOTrainer(TrainerInterface):
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
         # Whatever could be refused has been by now: only then may an earlier run be cleared away.
-        self.gradients = make_gradients(self.optimizer, args, self.plan)
+        self.gradients = make_gradients(self.optimizer, args, self.plan, self.guard)
+        self.guard.prepare(self.optimizer)
         found = resume.open_folder(self, resume_from_checkpoint or args.resume_from_checkpoint)
         self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         if found and self.run_plan is not None:
@@ -397,6 +399,7 @@ class DPOTrainer(TrainerInterface):
                 self._train_epoch()
                 if self.control.should_training_stop or self.place[0] == self.plan.n_epochs:
                     break
+        refuse_nonfinite(self)  # steps that no log came after
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
             load_weights(self.model, Path(self.state.best_model_checkpoint))
         return self._finish(time.perf_counter() - started)

@@ -13,6 +13,7 @@ from fastdpo.accumulate import Fp32Accumulation, StepInBackward
 from fastdpo.checkpointing import checkpoint_activations
 from fastdpo.errors import ConfigError
 from fastdpo.logps import prepare_packed_forward
+from fastdpo.nonfinite import FiniteGuard
 from fastdpo.offload import OffloadActivations
 from fastdpo.packing import build_pack
 from fastdpo.plan_tracker import MemoryTracker
@@ -201,7 +202,7 @@ def test_stepping_in_backward_leaves_the_groups_as_they_were():
     groups: Any = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}]
     optimizer = torch.optim.SGD(groups)
     before = [p.detach().clone() for p in model.parameters()]
-    with StepInBackward(optimizer):
+    with StepInBackward(optimizer, FiniteGuard("stop", torch.device("cpu"))):
         model(torch.ones(1, 3)).sum().backward()
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
     moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
