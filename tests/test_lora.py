@@ -1,6 +1,7 @@
 """The lean LoRA forward: PEFT's numbers and gradients, without its copies and its passes."""
 
 import copy
+import json
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import bench_lora
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.body import compile_layers, compiled_graphs
 from fastdpo.checkpointing import checkpoint_activations
@@ -409,3 +411,16 @@ def test_a_run_is_the_same_run_with_and_without(tmp_path) -> None:
         files.append([(n, p.shape, p.dtype) for n, p in made.model.named_parameters()])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)  # fp32, three steps of Adam
     assert runs[0][-1] != runs[0][0] and files[0] == files[1]
+
+
+def test_the_benchmark_counts_the_same(tmp_path) -> None:
+    path = tmp_path / "lora.json"
+    assert bench_lora.main(["--smoke", "--rounds", "1", "--output", str(path)]) == 0
+    rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    frozen, peft, ours = (rows[name] for name in ("frozen", "peft", "fastdpo"))
+    assert ours["differs"] < 1e-5  # fp32, two layers
+    assert frozen["gflops"] < ours["gflops"] == peft["gflops"]
+    assert ours["operations"] - frozen["operations"] < 0.1 * (
+        peft["operations"] - frozen["operations"]
+    )
+    assert all(row["x frozen"] > 0 for row in rows.values())
