@@ -129,7 +129,7 @@ def make_gradients(
     if not args.optimizer_in_backward:
         return Fp32Accumulation(p for group in optimizer.param_groups for p in group["params"])
     option = "'optimizer_in_backward'"
-    if getattr(args, "on_nonfinite", None) == "skip":
+    if args.on_nonfinite == "skip":
         raise ConfigError(
             f"{option} uses each gradient at once, and on_nonfinite 'skip' looks at all of them "
             "first; set on_nonfinite: stop, or leave it out"

@@ -6,6 +6,7 @@ Errors that the user can mend are one line on stderr and exit status 2. No train
 
 import ast
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -45,6 +46,14 @@ fastdpo {__version__}: preference training (DPO) on one GPU
   fastdpo --version
 """
 COMMANDS = ("train", "plan", "precompute", "cache", "report", "export", "demo")
+# Where the `main` of those is that are not here; imported when called, for most need torch.
+HOMES = {
+    "plan": ".plan_cli",
+    "cache": ".cache_cli",
+    "report": ".report_page",
+    "export": ".export",
+    "demo": ".demo",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,28 +87,10 @@ def _run(argv: list[str]) -> int:
             f"unknown command {command!r}; there are {', '.join(COMMANDS)}"
             f"{did_you_mean(command, COMMANDS)}"
         )
-    if command == "demo":
-        from .demo import main as demo
-
-        return demo(rest)
-    if command == "report":
-        from .report_page import main as report
-
-        return report(rest)
-    if command == "export":
-        from .export import main as export
-
-        return export(rest)
-    if command == "cache":
-        from .cache_cli import main as cache
-
-        return cache(rest)
-    if command == "plan":
-        from .plan_cli import main as plan
-
-        return plan(rest)
+    if command in HOMES:
+        return importlib.import_module(HOMES[command], __package__).main(rest)
     if {"-h", "--help"} & set(rest):
-        print("\n".join(help_lines()))
+        print("\n".join(help_lines(command)))
         return 0
     run = run_precompute if command == "precompute" else run_train
     run(*build_configs(parse_arguments(rest)))
@@ -286,7 +277,7 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
     from .plan_cli import settle_precision
     from .trainer import DPOTrainer
 
-    _show_progress(logging.INFO if config.process_index == 0 else logging.WARNING)
+    show_progress(logging.INFO if config.process_index == 0 else logging.WARNING)
     assert script.dataset_name is not None
     splits = [script.dataset_train_split]
     if config.eval_strategy != "no" or config.eval_on_start:
@@ -309,11 +300,11 @@ def _make_trainer(script: ScriptArguments, model: ModelConfig, config: "DPOConfi
         eval_dataset=eval_datasets[0] if eval_datasets else None,
         processing_class=tokenizer,
         peft_config=lora_config(model),
-        callbacks=[_config_writer(script, model, config)],
+        callbacks=[config_writer(script, model, config)],
     )
 
 
-def _show_progress(level: int) -> None:
+def show_progress(level: int) -> None:
     """What fastdpo chose and found (packs, attention, dropped rows), on stderr."""
     logger = logging.getLogger("fastdpo")
     if not logger.handlers:
@@ -323,7 +314,7 @@ def _show_progress(level: int) -> None:
     logger.setLevel(level)
 
 
-def _config_writer(*configs: Any) -> Any:
+def config_writer(*configs: Any) -> Any:
     """A callback that completes the trainer's resolved_config.yaml with model and dataset, so
     that `fastdpo train resolved_config.yaml` is the same run."""
     from transformers import TrainerCallback

@@ -7,15 +7,14 @@ the options below; what is here is measuring before and after, and printing.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .help import CommandParser
 
 if TYPE_CHECKING:
     from .metrics import PackStats
@@ -74,14 +73,7 @@ class DemoResult:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `fastdpo demo` with the arguments after that word; returns the exit status."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"demo: {message}; it takes --output_dir DIR")
-
-    parser = Parser(
-        allow_abbrev=False, prog="fastdpo demo", description="Train on the built-in example."
-    )
+    parser = CommandParser("demo", "--output_dir DIR", "Train on the built-in example.")
     parser.add_argument(
         "--output_dir",
         "--output-dir",
@@ -114,13 +106,13 @@ def _introduction() -> str:
 def run_demo(output_dir: Path, **overrides: Any) -> DemoResult:
     """Trains and measures; `overrides` replace entries of OPTIONS. Raises `FastDPOError`."""
     from .adapters import lora_config
-    from .cli import _config_writer, _show_progress, build_configs
+    from .cli import build_configs, config_writer, show_progress
     from .data import load_dataset_split
     from .model import load_model, load_tokenizer
     from .run_folder import prepare_output_dir
     from .trainer import DPOTrainer
 
-    _show_progress(logging.INFO)
+    show_progress(logging.INFO)
     script, model, args = build_configs({**OPTIONS, "output_dir": str(output_dir), **overrides})
     assert script.dataset_name is not None
     prepare_output_dir(output_dir, resuming=False, overwrite=False)  # says no before any work
@@ -132,7 +124,7 @@ def run_demo(output_dir: Path, **overrides: Any) -> DemoResult:
         eval_dataset=held_out,
         processing_class=load_tokenizer(model),
         peft_config=lora_config(model),
-        callbacks=[_config_writer(script, model, args)],
+        callbacks=[config_writer(script, model, args)],
     )
     questions = _one_question_per_topic(held_out, n=3)
     before, answers_before = _measure(trainer), [_answer(trainer, q) for q in questions]

@@ -4,15 +4,15 @@ Without --merge what the run saved is copied: an adapter stays an adapter. With 
 added to its base's weights in fp32 and rounded once. Nothing is trained.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .config_files import read_yaml
 from .errors import CheckpointError, ConfigError, ModelError
+from .help import CommandParser
 from .model_card import Card, write_card
 from .run_folder import CONFIG_FILE, METRICS_FILE, RESULT_FILES, checkpoints
 
@@ -21,15 +21,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def main(argv: Sequence[str]) -> int:
     """Runs `fastdpo export` with the arguments after that word; returns the exit status."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(
-                f"export: {message}; it takes RUN -o FOLDER [--merge] [--dtype T] "
-                "[--push_to_hub NAME]"
-            )
-
-    parser = Parser(allow_abbrev=False, prog="fastdpo export", description=__doc__)
+    takes = "RUN -o FOLDER [--merge] [--dtype T] [--push_to_hub NAME] [--private]"
+    parser = CommandParser(
+        "export", takes, "A result to hand on. " + str(__doc__).partition("\n\n")[2]
+    )
     parser.add_argument("run", metavar="RUN", help="a training's output_dir, or a checkpoint in it")
     parser.add_argument("-o", "--output", required=True, help="a new folder")
     parser.add_argument("--merge", action="store_true", help="add the adapter to its base")

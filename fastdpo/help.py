@@ -1,9 +1,11 @@
-"""`fastdpo train --help`: every option in its part, with its values and default."""
+"""What the command line says of itself: `fastdpo train --help`, and the other commands' parsers."""
 
+import argparse
 import textwrap
-from typing import Any
+from typing import Any, NoReturn
 
 from .config_files import RECIPE, recipes
+from .errors import ConfigError
 from .option_names import options_by_name
 
 # The first option of each part of the help.
@@ -27,10 +29,22 @@ HELP_PARTS = {
 }
 
 
-def help_lines() -> list[str]:
-    """The help's lines, at most 100 columns wide."""
+class CommandParser(argparse.ArgumentParser):
+    """argparse for `fastdpo COMMAND`, whose errors are `ConfigError`s that say what it `takes`."""
+
+    def __init__(self, command: str, takes: str, description: str):
+        super().__init__(allow_abbrev=False, prog=f"fastdpo {command}", description=description)
+        self.command, self.takes = command, takes
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.command}: {message}; it takes {self.takes}")
+
+
+def help_lines(command: str = "train") -> list[str]:
+    """`fastdpo train --help` or `fastdpo precompute --help`: every option in its part, with its
+    values and default."""
     lines = [
-        f"usage: fastdpo train [CONFIG.yaml | {RECIPE}NAME] [--option value …]",
+        f"usage: fastdpo {command} [CONFIG.yaml | {RECIPE}NAME] [--option value …]",
         "",
         "CONFIG.yaml holds the same names, one `option: value` a line. Flags win over the file.",
         "Lists take commas, several words, or the flag again. Names are TRL's where TRL has them.",

@@ -46,7 +46,7 @@ class Bound:
 
     def __str__(self) -> str:
         signs = ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
-        return " and ".join(f"{sign} {limit:g}" for sign, limit in signs if limit is not None)
+        return " and ".join(f"{sign} {limit}" for sign, limit in signs if limit is not None)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 What it says is read off the runs' folders; nothing is trained or loaded.
 """
 
-import argparse
 import base64
 import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .config_files import read_yaml
 from .errors import CheckpointError, ConfigError, DataError
+from .help import CommandParser
 from .report import CHOSEN, REJECTED, Run, plot_panels, read_run
 from .run_folder import CONFIG_FILE, DATA_REPORT_FILE, SAMPLES_FILE
 
@@ -35,14 +35,8 @@ LAST = (
 
 def main(argv: Sequence[str]) -> int:
     """Runs `fastdpo report` with the arguments after that word; returns the exit status."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"report: {message}; it takes RUN [RUN …] -o report.html")
-
-    parser = Parser(
-        allow_abbrev=False, prog="fastdpo report", description="A page about one or several runs."
-    )
+    about = "A page about one or several runs."
+    parser = CommandParser("report", "RUN [RUN …] -o report.html", about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a training")
     parser.add_argument(
         "-o",

@@ -154,7 +154,9 @@ class TrainingOptions:
         "None value is dropped or an error.",
         ("error", "drop", "keep"),
     )
-    dataset_num_proc: Count | None = option(None, "Processes that tokenize.")
+    dataset_num_proc: Count | None = option(
+        None, "Processes that tokenize; by default as many as the rows are worth."
+    )
 
     # Packs
     max_tokens_per_pack: Count | Auto | None = option(
@@ -196,7 +198,11 @@ class TrainingOptions:
     lr_scheduler_type: str = option("linear", "Schedule of the learning rate.", SCHEDULES)
     lr_scheduler_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the schedule.")
     warmup_steps: NonNegative = option(0, "Warm-up in steps, or below 1 as a share of all steps.")
-    optim: str = option("adamw_torch_fused", "Optimizer; 8-bit ones need [qlora].", OPTIMIZERS)
+    optim: str = option(
+        "adamw_torch_fused",
+        "Optimizer; 8-bit and paged ones need [qlora]. auto: as the plan needs.",
+        OPTIMIZERS,
+    )
     optimizer_in_backward: bool = option(
         False,
         "Update each weight as soon as its gradient is whole, so that gradients take no memory. "
@@ -225,9 +231,11 @@ class TrainingOptions:
     gradient_checkpointing: bool | Checkpointing = option(
         True,
         "Recompute activations in the backward pass. full: all of a layer. selective: all but "
-        "attention's output. none: nothing.",
+        "attention's output. none: nothing. auto: as the plan needs.",
     )
-    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(None, "Its arguments.")
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of torch.utils.checkpoint, such as use_reentrant."
+    )
     base_precision: str | None = option(
         None,
         "fp8: the frozen linear layers of the model in 8-bit floats. Another value: what the model "
@@ -258,10 +266,13 @@ class TrainingOptions:
     )
     activation_offloading: bool | Auto = option(
         False,
-        "Hold activations in the host's memory between the forward and the backward pass.",
+        "Hold activations in the host's memory between the forward and the backward pass. auto: "
+        "where the plan finds no room for them.",
     )
     logps_workspace_bytes: Annotated[int, Bound(at_least=2**20)] | Auto = option(
-        256 * 2**20, "Most bytes the log-probs may borrow."
+        256 * 2**20,
+        "Most bytes that the log-probs may borrow, by default 256 MiB. auto: what the plan finds "
+        "room for.",
     )
     measure_memory: bool = option(
         False, "Compare the plan with the measured peak on a CPU too, which slows the first steps."
@@ -283,14 +294,19 @@ class TrainingOptions:
     # Evaluation
     eval_strategy: str = option("no", "When to evaluate.", INTERVALS)
     eval_steps: Positive | None = option(
-        None, "Steps between evaluations, or below 1 their share of all steps."
+        None,
+        "Steps between evaluations, or below 1 their share of all steps; by default logging_steps.",
     )
     eval_delay: NonNegative = option(0, "Steps or epochs before the first evaluation.")
     eval_on_start: bool = option(False, "Evaluate before the first step.")
     per_device_eval_batch_size: Count = option(8, "Pairs per evaluation batch.")
     load_best_model_at_end: bool = option(False, "End with the best checkpoint, not the last.")
-    metric_for_best_model: str | None = option(None, "Metric that tells the best; the loss.")
-    greater_is_better: bool | None = option(None, "Whether that metric should rise.")
+    metric_for_best_model: str | None = option(
+        None, "Metric that tells the best checkpoint; by default the loss."
+    )
+    greater_is_better: bool | None = option(
+        None, "Whether that metric should rise; by default unless its name ends in loss."
+    )
 
     num_sample_prompts: Natural = option(
         0, "Prompts of the evaluation sets (or of sample_prompts) answered greedily each time."
@@ -305,7 +321,7 @@ class TrainingOptions:
     save_steps: Positive = option(
         500, "Steps between checkpoints, or below 1 their share of all steps."
     )
-    save_total_limit: Count | None = option(None, "Most checkpoints to keep.")
+    save_total_limit: Count | None = option(None, "Most checkpoints to keep; by default all.")
     save_only_model: bool = option(False, "Save without optimizer state: no resuming.")
 
     # Hub

@@ -124,6 +124,9 @@ def test_help_names_every_option(capsys):
     assert all(f"{part}:" in shown for part in HELP_PARTS.values())
     assert all(name in shown for name in recipes())
     assert all(len(line) <= 100 for line in shown.splitlines())
+    assert "a whole number >= 1048576 or auto" in " ".join(shown.split())  # in full, no 1e+06
+    assert cli.main(["precompute", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: fastdpo precompute ")
     assert cli.main([]) == 0 and "fastdpo demo" in capsys.readouterr().out
 
 
