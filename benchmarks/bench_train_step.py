@@ -10,6 +10,7 @@ with pytest-benchmark.
 import argparse
 import dataclasses
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from .train_cases import (
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
+BROKEN = 3  # exit status: CUDA failed in this process; --resume goes on behind what broke it
 
 
 def measure_all(
@@ -78,19 +80,38 @@ def measure_all(
             seconds = None if budget.seconds is None else budget.left
             try:
                 row |= figures(bench, trainer, bench.measure(trainer, seconds), peak_flops)
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-            except Exception as error:  # a peer's own; the others are still to be measured
-                if trainer.startswith("fastdpo"):
-                    raise
-                own = "" if isinstance(error, isolated.Failed) else f"{type(error).__name__}: "
-                row["error"] = f"failed, {own}{' '.join(str(error).split())[-300:]}"
+            except Exception as error:  # the others are still to be measured
+                row["error"] = _reason(error)
             if "error" in row:
                 left_out.append(f"{key}: {row['error']}")
             results.add(key, **row)
             speed = row.get("pairs_per_second")
             print(f"{key}: {row.get('error') or f'{speed:.2f} pairs/s'}", file=sys.stderr)
+            _go_on_after(row)
     return left_out
+
+
+class CudaIsBroken(RuntimeError):
+    """An illegal access or the like: whatever this process tries on the GPU now fails too."""
+
+
+def _go_on_after(row: dict[str, Any]) -> None:
+    if "CUDA error" in row.get("error", ""):
+        raise CudaIsBroken(f"{row['case']}, {row['trainer']}: {row['error']}")
+
+
+def _reason(error: Exception) -> str:
+    """In a line; what is no matter of memory also goes to stderr in full."""
+    said = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
+        return "out of memory"
+    if isinstance(error, isolated.Failed):
+        print(error, file=sys.stderr)
+        return f"failed: {said[-300:]}"
+    if "'gpu_memory'" in said:  # fastdpo's plan, before it begins
+        return f"does not fit: {said[:300]}"
+    traceback.print_exception(error, limit=-12)
+    return f"failed: {type(error).__name__}: {said[-300:]}"
 
 
 def profile_all(
@@ -118,10 +139,11 @@ def profile_all(
                 continue
             try:
                 found = bench.profile(trainer, rates)
-            except torch.OutOfMemoryError:
-                left_out.append(f"{key}: out of memory")
-                continue
+            except Exception as error:
+                found = {"error": _reason(error)}
+                left_out.append(f"{key}: {found['error']}")
             results.add(key, case=case.name, trainer=trainer, **found)
+            _go_on_after(found)
     return left_out
 
 
@@ -276,17 +298,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     peak_flops = matmul_flops_per_second(device)
     bandwidth = copy_bytes_per_second(device)
     results.extra |= {"matmul_tflops": peak_flops / 1e12, "copy_gb_per_second": bandwidth / 1e9}
-    left_out = []
+    left_out: list[str] = []
     shared = {"device": device, "data": options.data, "budget": budget}
     repeats = options.repeats or (1 if cuda or options.smoke else 3)
     rates = {"flops_per_second": peak_flops, "bytes_per_second": bandwidth}
-    for case in cases:
-        left_out += measure_all(
-            [case], results, repeats=repeats, peak_flops=peak_flops,
-            unsloth_python=options.unsloth_python, **shared,
-        )  # fmt: skip
-        if not options.no_phases:
-            left_out += profile_all([case], results, rates=rates, **shared)
+    try:
+        for case in cases:
+            left_out += measure_all(
+                [case], results, repeats=repeats, peak_flops=peak_flops,
+                unsloth_python=options.unsloth_python, **shared,
+            )  # fmt: skip
+            if not options.no_phases:
+                left_out += profile_all([case], results, rates=rates, **shared)
+    except CudaIsBroken as error:  # another process may go on: --resume
+        print(f"bench_train_step: error: {error}", file=sys.stderr)
+        return BROKEN
     summary = summaries(results.rows)
     results.extra |= {"left_out": left_out, "summary": summary}
     results.save()
@@ -301,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(phases_table(profiled))
     for line in (*without_lines(results.rows), *left_out_lines(left_out)):
         print(line)
-    return 0
+    ours_failed = [line for line in left_out if "/fastdpo" in line and ": failed: " in line]
+    return 1 if ours_failed else 0
 
 
 @pytest.mark.parametrize("trainer", ("fastdpo", "trl"))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_train_step, gpu_check, gpu_tests, harness
+from benchmarks import bench_train_step, gpu_check, gpu_tests, harness, train_cases
+from benchmarks.train_cases import Case
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -64,6 +65,10 @@ def test_the_gpu_check_gathers_its_stages_in_one_folder(tmp_path, capsys, monkey
     document = json.loads((folder / "gpu_check.json").read_text())
     assert document["environment"]["command"] == "make gpu-check"
     assert [stage["name"] for stage in document["stages"]] == [name for name, _ in called]
+    assert document["results"]["tests"]["passed"] == {"a::one": 1.0}
+    assert {path.name for path in folder.iterdir()} == {
+        "gpu_check.json", "kernels.json", "log.txt", "training.json"
+    }  # fmt: skip
     printed = capsys.readouterr().out
     assert "absent:" in printed and "left out, why: kernels" in printed
     assert "1 skipped: absent" in printed
@@ -95,6 +100,38 @@ def test_no_stage_starts_without_time(tmp_path, monkeypatch, capsys):
 
     assert gpu_check.check(5.0, "command", folder=tmp_path, run=run) == 1
     assert capsys.readouterr().out.count("out of time") == len(gpu_check.STAGES)
+
+
+def test_a_benchmark_whose_cuda_broke_is_resumed_in_a_new_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+    called = []
+
+    def run(name, arguments, *_):
+        called.append((name, "--resume" in arguments))
+        broken = called == [("training", False)]
+        return {"name": name, "status": gpu_check.BROKEN if broken else 0, "seconds": 1.0}
+
+    stages = [stage for stage in gpu_check.STAGES if stage.name == "training"]
+    assert gpu_check.check(400.0, "command", folder=tmp_path, stages=stages, run=run) == 1
+    assert called == [("training", False), ("training", True)]
+    assert gpu_check.BROKEN == bench_train_step.BROKEN
+
+    # And it is told from an error of a trainer's own, which stops nothing.
+    case = Case("tiny", "lora", "hh", 2, 2, ("fastdpo", "fastdpo-best"), max_length=64)
+    errors = [ValueError("not mine"), RuntimeError("CUDA error: an illegal memory access")]
+
+    def measure(self, trainer, seconds):
+        raise errors[trainer == "fastdpo-best"]
+
+    monkeypatch.setattr(train_cases.Bench, "measure", measure)
+    results = harness.Results(tmp_path / "rows.json", {})
+    with pytest.raises(bench_train_step.CudaIsBroken, match="fastdpo-best.*illegal"):
+        bench_train_step.measure_all(
+            [case], results, device=torch.device("cpu"), data=Path(), repeats=1,
+            budget=harness.Budget(), peak_flops=1e9,
+        )  # fmt: skip
+    assert [row["trainer"] for row in results.rows] == ["fastdpo", "fastdpo-best"]
+    assert "ValueError: not mine" in capsys.readouterr().err
 
 
 TESTS = """
@@ -154,5 +191,6 @@ def test_the_whole_chain_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:]
     written = {path.name for path in tmp_path.iterdir()}
     results = {f"{name}.{kind}" for name in ("kernels", "training") for kind in ("json", "png")}
-    assert results | {"gpu_check.json", "tests.json", "log.txt"} <= written
-    assert not json.loads((tmp_path / "tests.json").read_text())["not_run"]
+    assert written == results | {"gpu_check.json", "log.txt"}
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["results"]
+    assert found["tests"]["skipped"] and not found["tests"]["not_run"] and found["loss"]["rows"]
