@@ -77,10 +77,9 @@ class PlannedHead(torch.autograd.Function):
         out = torch.promote_types(rounded, torch.float32)
         logps = hidden.new_empty(n, dtype=out)
         vectors = [hidden.new_empty(n, dtype=out) for _ in range(4 if triton else 3)]
-        rows = hidden.to(rounded) if triton else hidden  # which torch converts tile by tile
         unscaled = hidden.new_empty(n, d, dtype=rounded) if hidden.requires_grad else None
         trained = weight.requires_grad
-        kept, borrowed = _head_bytes(rows, weight, rounded, workspace_bytes, trained, triton)
+        kept, borrowed = _head_bytes(hidden, weight, rounded, workspace_bytes, trained, triton)
         saved = [hidden.new_empty(kept, dtype=torch.uint8)] if kept else []
         _borrow(hidden, borrowed)
         ctx.set_materialize_grads(False)
@@ -106,7 +105,7 @@ def _borrow(like: Tensor, n_bytes: int) -> None:
 
 
 def _head_bytes(
-    rows: Tensor,
+    hidden: Tensor,
     weight: Tensor,
     rounded: torch.dtype,
     workspace_bytes: int,
@@ -115,7 +114,7 @@ def _head_bytes(
 ) -> tuple[int, int]:
     """(bytes of E kept for the weight's gradient, bytes borrowed): linear_logps_torch.py's own
     division of its workspace; for Triton all that a single chunk could use, within the bound."""
-    (n, v), vector = (len(rows), len(weight)), 4
+    (n, v), vector = (len(hidden), len(weight)), 4
     if triton:
         size = vector if rounded == torch.float32 else 2
         whole = n * v * size

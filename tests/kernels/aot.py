@@ -45,6 +45,7 @@ POINTERS = {
     "top1_ptr": "*i8",
 }
 OPERANDS = ("hidden_ptr", "weight_ptr", "adapter_ptr", "bias_ptr", "dw_ptr", "grad_ptr")
+TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
 FLOATS = ("logit_scale", "cap", "slope", "beta", "label_smoothing")
 ALIGNED = (  # multiples of 16
     "D", "d_weight", "stride_hidden", "stride_weight", "stride_adapter", "stride_e",
@@ -160,11 +161,13 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "dW operand" + tag, rows._dw_operand_kernel,
-            {"BLOCK_N": 4, "BLOCK_K": 512} | ({} if full else {"factor_ptr": None}), dtype=dtype,
+            {"BLOCK_N": 4, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
+            | ({} if full else {"factor_ptr": None}), dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "dW target rows" + tag, rows._target_rows_kernel,
-            {"BLOCK_R": 8, "BLOCK_K": 512} | ({} if full else {"db_ptr": None}), dtype=dtype,
+            {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
+            | ({} if full else {"db_ptr": None}), dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "column sums" + tag, rows._column_sums_kernel,

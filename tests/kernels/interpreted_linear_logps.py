@@ -385,12 +385,34 @@ def test_a_workspace_too_small_is_refused():
 
 def test_library_flags_are_left_as_they_were():
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
-    with pytest.raises(ZeroDivisionError), driver._exact_matmul():
-        assert matmul.fp32_precision == "ieee"
+    before = matmul.allow_bf16_reduced_precision_reduction
+    with pytest.raises(ZeroDivisionError), driver._whole_sums():
         assert not matmul.allow_bf16_reduced_precision_reduction
         _ = 1 / 0
-    assert before == (matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction)
+    assert before == matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("workspace", [2**20, 60_000], ids=["kept", "recomputed"])
+def test_autocast_rounds_part_by_part(workspace, monkeypatch):
+    """To the bits of hidden states rounded beforehand, which never exist as a whole."""
+    head = peaked_head(45, 24, 330, bias=True, ignored=0.1)
+    seen, forward = [], driver.run_forward
+
+    def spy(job, *args):
+        seen.append((job, driver._problem(job, "hidden", 2**20).row_copy))
+        return forward(job, *args)
+
+    monkeypatch.setattr(driver, "run_forward", spy)
+    with torch.autocast("cpu", torch.float16):
+        under = run(op, head, stats=(), workspace_bytes=workspace, **FULL)
+    ((job, row_copy),) = seen
+    assert job.hidden.dtype == torch.float32 and job.hidden.data_ptr() == head.hidden.data_ptr()
+    assert job.rounded == torch.float16 and row_copy == 2 * 24
+    half = dataclasses.replace(head, hidden=head.hidden.half())
+    want = run(op, half, stats=(), workspace_bytes=workspace, **FULL)
+    assert torch.equal(under.logps, want.logps) and torch.equal(under.d_weight, want.d_weight)
+    assert torch.equal(under.d_hidden.half(), want.d_hidden)
+    assert under.d_hidden.dtype == torch.float32
 
 
 @pytest.mark.soak

@@ -73,10 +73,10 @@ def forward_and_backward(
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
     matrix = driver._matrix(weight, torch.randn(v, r) if r else None)
-    job = driver._Job(hidden, matrix, logits, stats, grad, kept, device)
+    job = driver._Job(hidden, dtype, matrix, logits, stats, grad, kept, device)
     plan = planned(job, "hidden" if grad else "sums")
     saved = driver.run_forward(job, targets, -100, plan).saved
-    job = driver._Job(hidden, matrix, logits, (), False, kept, device)
+    job = driver._Job(hidden, dtype, matrix, logits, (), False, kept, device)
     driver.run_weight_grad(job, saved, torch.ones(n), full, planned(job, "weight"))
 
 

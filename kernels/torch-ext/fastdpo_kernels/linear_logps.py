@@ -104,10 +104,10 @@ def linear_logps(
             result in kind.
 
     Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
-    autocast dtype, as `linear` would do. Gradients flow to those of `hidden`, `weight`, `bias`, A
-    and B that require them, once: double backward and torch.func transforms raise. torch.compile
-    takes it into its graph as one op (all but `impl="reference"`); a trained head is then computed
-    without keeping exponentials, in four GEMMs.
+    autocast dtype, as `linear` would do, but part by part. Gradients flow to those of `hidden`,
+    `weight`, `bias`, A and B that require them, once: double backward and torch.func transforms
+    raise. torch.compile takes it into its graph as one op (all but `impl="reference"`); a trained
+    head is then computed without keeping exponentials, in four GEMMs.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target

@@ -29,7 +29,8 @@ Lora = tuple[Tensor, Tensor, float]
 class Call:
     """What is to be computed, and by which implementation.
 
-    `rounded`: the dtype that operands are multiplied in. `need_weight_grad`: of the adapter
+    `rounded`: the dtype that operands are multiplied in; implementations round `hidden` and
+    `weight` to it part by part. `need_weight_grad`: of the adapter
     [V, r] where there is one.
     """
 
@@ -77,9 +78,10 @@ class Call:
         """`keep`: the exponentials may stay for `weight_grad`, where the workspace has room."""
         with _undisturbed(hidden.device):
             return self._module.forward(
-                self._rows(hidden),
+                hidden.detach(),
                 weight.detach(),
                 targets,
+                rounded=self.rounded,
                 adapter=_detach(adapter),
                 bias=_detach(bias),
                 **self._transform,
@@ -103,11 +105,12 @@ class Call:
         """dW [V, D], or the adapter's [V, r], and db [V] (None if not asked for)."""
         with _undisturbed(hidden.device):
             return self._module.weight_grad(
-                self._rows(hidden),
+                hidden.detach(),
                 weight.detach(),
                 targets,
                 saved,
                 grad_logps.detach(),
+                rounded=self.rounded,
                 adapter=_detach(adapter),
                 bias=_detach(bias),
                 **self._transform,
@@ -119,14 +122,9 @@ class Call:
     def _module(self) -> Any:
         return importlib.import_module(f".linear_logps_{self.impl}", __package__)
 
-    def _rows(self, hidden: Tensor) -> Tensor:
-        """Triton's tiles are read as they are; torch's are converted one by one, to `rounded`."""
-        return hidden.detach().to(self.rounded if self.impl == "triton" else hidden.dtype)
-
     @property
     def _transform(self) -> dict[str, Any]:
-        rounded = {} if self.impl == "triton" else {"rounded": self.rounded}
-        return rounded | {
+        return {
             "softcap": self.softcap,
             "scale": self.scale,
             "temperature": self.temperature,

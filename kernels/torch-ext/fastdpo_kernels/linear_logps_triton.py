@@ -36,9 +36,12 @@ _PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_gemm
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of a call; `kept`: E stays for dW. An adapter's columns count in D."""
+    """The arguments of a call; `kept`: E stays for dW. An adapter's columns count in D.
+
+    `hidden` and the matrix are rounded to `rounded` where they are multiplied, chunk by chunk."""
 
     hidden: Tensor
+    rounded: torch.dtype
     matrix: Matrix
     logits: Logits
     stats: tuple[str, ...]
@@ -61,7 +64,7 @@ class _Job:
     @property
     def e_dtype(self) -> torch.dtype:
         """Of E, and of the operands it is multiplied with."""
-        return torch.float32 if self.hidden.dtype == torch.float32 else torch.bfloat16
+        return torch.float32 if self.rounded == torch.float32 else torch.bfloat16
 
     @property
     def fields(self) -> int:
@@ -73,6 +76,7 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -90,8 +94,8 @@ def forward(
     With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
     """
     job = _Job(
-        hidden, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature), stats,
-        need_hidden_grad, need_weight_grad and keep, _device(hidden),
+        hidden, rounded, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature),
+        stats, need_hidden_grad, need_weight_grad and keep, _device(hidden),
     )  # fmt: skip
     work = "hidden" if need_hidden_grad else "sums"
     if job.kept and not _can_keep(job, work, workspace_bytes):
@@ -100,7 +104,7 @@ def forward(
     def run(plan: Plan) -> ForwardResult:
         return run_forward(job, targets, ignore_index, plan)
 
-    with _exact_matmul(), _on(hidden):
+    with _whole_sums(), _on(hidden):
         plan = tuning.choose(
             _problem(job, work, workspace_bytes), job.device, run,
             measure=tuning.measurable(hidden.device),
@@ -116,6 +120,7 @@ def weight_grad(
     saved: tuple[Tensor, ...],
     grad_logps: Tensor,
     *,
+    rounded: torch.dtype,
     adapter: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -131,14 +136,14 @@ def weight_grad(
     dW = -slope E^T @ (g / (s_o + s_y) H), plus slope g (1 - p_y) h_n at the target rows.
     """
     job = _Job(
-        hidden, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature), (), False,
-        len(saved) == 5, _device(hidden),
+        hidden, rounded, _matrix(weight, adapter), Logits.of(bias, softcap, scale, temperature),
+        (), False, len(saved) == 5, _device(hidden),
     )  # fmt: skip
 
     def run(plan: Plan) -> tuple[Tensor, Tensor | None]:
         return run_weight_grad(job, saved, grad_logps, need_bias_grad, plan)
 
-    with _exact_matmul(), _on(hidden):
+    with _whole_sums(), _on(hidden):
         plan = tuning.choose(
             _problem(job, "weight", workspace_bytes), job.device, run,
             measure=tuning.measurable(hidden.device),
@@ -153,24 +158,24 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
     z, logps, share, inverse, lse = floats
     target, flag = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     any_flag = torch.zeros(1, dtype=torch.int32, device=device)
-    grad = torch.empty(n, d, dtype=hidden.dtype, device=device) if job.need_hidden_grad else None
+    grad = torch.empty(n, d, dtype=job.rounded, device=device) if job.need_hidden_grad else None
     kept = None
     if job.kept:
         kept = torch.empty(n, tuning.round_up(v, 8), dtype=job.e_dtype, device=device)
     stats = _empty_stats(n, device) if job.stats else None
 
-    if n > 0:
-        target_logits(
-            hidden, matrix, targets.contiguous(), target, z,
-            ignore_index=ignore_index, logits=job.logits,
-        )  # fmt: skip
+    targets = targets.contiguous()
     space = _Space(plan.bytes, device)
     tiles = -(-v // plan.variant.gemm.block_v)
     splits = splits_of(tiles)
     for r0, r1 in _spans(n, plan.rows):
         space.clear()
         rows = slice(r0, r1)
-        h = _operand(hidden[rows], hidden.dtype, space)
+        h = _operand(hidden[rows], job.rounded, space)
+        target_logits(
+            h, matrix, targets[rows], target[rows], z[rows],
+            ignore_index=ignore_index, logits=job.logits,
+        )  # fmt: skip
         room = space.take((max(job.fields * tiles, FIELDS * splits) * (r1 - r0),), torch.float32)
         partial = room[: job.fields * tiles * (r1 - r0)].view(job.fields, tiles, r1 - r0)
         product = None
@@ -178,7 +183,7 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
             product = space.take((plan.splits, r1 - r0, d), torch.float32)
         for c0, c1 in _spans(v, plan.cols):
             mark = space.mark()
-            w = _columns(matrix, c0, c1, hidden.dtype, space)
+            w = _columns(matrix, c0, c1, job.rounded, space)
             e = None if kept is None else kept[rows, c0:c1]
             e = _exponentials(
                 job, plan, space, h, w, e, z[rows], target[rows], None, partial, c0,
@@ -200,7 +205,7 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
                 logits=job.logits,
             )  # fmt: skip
         exact_rows(
-            hidden[rows], matrix, target[rows], z[rows], flag[rows], any_flag, room, *row,
+            h, matrix, target[rows], z[rows], flag[rows], any_flag, room, *row,
             None if grad is None else grad[rows], None if kept is None else kept[rows], part,
             logits=job.logits, splits=splits, programs=2 * job.device.sms,
         )  # fmt: skip
@@ -228,7 +233,7 @@ def run_weight_grad(
     for c0, c1 in _spans(v, plan.cols):
         space.clear()
         out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
-        w = None if kept is not None else _columns(job.matrix, c0, c1, hidden.dtype, space)
+        w = None if kept is not None else _columns(job.matrix, c0, c1, job.rounded, space)
         if n == 0:
             out.zero_()
         for r0, r1 in _spans(n, plan.rows):
@@ -237,12 +242,13 @@ def run_weight_grad(
             # The minus sign, g and 1 / (s_o + s_y) go into H where E is kept, else into E.
             factor = -g[rows] * row[rows] if kept is not None else -g[rows]
             h2 = space.take((r1 - r0, d), job.e_dtype)
-            dw_operand(of_trained[rows], target[rows], None if kept is None else factor, h2)
+            of_kept = None if kept is None else factor
+            dw_operand(of_trained[rows], target[rows], of_kept, h2, job.rounded)
             if kept is not None:
                 e = kept[rows, c0:c1]
             else:
                 assert w is not None
-                h = _operand(hidden[rows], hidden.dtype, space)
+                h = _operand(hidden[rows], job.rounded, space)
                 e = _exponentials(
                     job, plan, space, h, w, None, row[rows], target[rows], factor, None, c0,
                     store=True, n_tiles=tiles,
@@ -258,7 +264,7 @@ def run_weight_grad(
         coefficient = g * share
         if job.logits.softcap:
             coefficient *= 1 - (z / job.logits.cap).square()
-        add_target_rows(target, coefficient, of_trained, dw, db)
+        add_target_rows(target, coefficient, of_trained, dw, db, job.rounded)
     return dw, None if db is None or bias is None else db.to(bias.dtype)
 
 
@@ -407,11 +413,12 @@ def _problem(job: _Job, work: str, workspace: int) -> Problem:
     hidden, weight = job.hidden, job.matrix.weight
     whole = job.matrix.adapter is None
     recomputed = not (work == "weight" and job.kept)
-    ready = hidden.stride(1) == 1
-    row_copy = 0 if ready or not recomputed else job.d * hidden.element_size()
-    ready_w = whole and weight.dtype == hidden.dtype and weight.stride(1) == 1
-    col_copy = 0 if ready_w or not recomputed else job.d * hidden.element_size()
-    if work == "hidden" and hidden.dtype != job.e_dtype:
+    row = job.d * job.rounded.itemsize
+    ready = hidden.dtype == job.rounded and hidden.stride(1) == 1
+    row_copy = 0 if ready or not recomputed else row
+    ready_w = whole and weight.dtype == job.rounded and weight.stride(1) == 1
+    col_copy = 0 if ready_w or not recomputed else row
+    if work == "hidden" and job.rounded != job.e_dtype:
         own = whole and weight.dtype == job.e_dtype and weight.stride(1) == 1
         col_copy += 0 if own else job.d * job.e_dtype.itemsize
     aligned = job.d % 8 == 0
@@ -455,20 +462,17 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _exact_matmul() -> Iterator[None]:
-    """Library GEMMs without TF32, and without bf16 between the parts of a split sum."""
+def _whole_sums() -> Iterator[None]:
+    """Library GEMMs without bf16 between the parts of a split sum."""
     matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
     reduction = (
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction_split_k,
     )
-    matmul.fp32_precision = "ieee"
     matmul.allow_bf16_reduced_precision_reduction = (False, reduction[1])
     try:
         yield
     finally:
-        matmul.fp32_precision = precision
         matmul.allow_bf16_reduced_precision_reduction = reduction
 
 

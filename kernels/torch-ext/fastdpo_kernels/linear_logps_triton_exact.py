@@ -43,15 +43,14 @@ OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": MOST_REGISTERS}
 @triton.jit
 def _products(
     hidden_ptr, weight_ptr, adapter_ptr, rows, row_ok, cols, V, D,
-    stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k, stride_adapter,
+    stride_hidden, d_weight, stride_weight, stride_weight_k, stride_adapter,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     w_rows = cols.to(tl.int64)
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
-        at = hidden_ptr + rows[:, None] * stride_hidden + k_at
+        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :]
         h = tl.load(at, mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
         w = matrix_at(
             weight_ptr, adapter_ptr, w_rows[None, :], ks[:, None],
@@ -88,7 +87,6 @@ def _exact_sums_kernel(
     V,
     D,
     stride_hidden,
-    stride_hidden_k,
     d_weight,
     stride_weight,
     stride_weight_k,
@@ -119,7 +117,7 @@ def _exact_sums_kernel(
                 cols = first + tl.arange(0, BLOCK_V)
                 product = _products(
                     hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
-                    stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k,
+                    stride_hidden, d_weight, stride_weight, stride_weight_k,
                     stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                 )  # fmt: skip
                 z, _ = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
@@ -169,7 +167,6 @@ def _exact_rows_kernel(
     V,
     D,
     stride_hidden,
-    stride_hidden_k,
     d_weight,
     stride_weight,
     stride_weight_k,
@@ -242,7 +239,7 @@ def _exact_rows_kernel(
                     cols = first + tl.arange(0, BLOCK_V)
                     product = _products(
                         hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
-                        stride_hidden, stride_hidden_k, d_weight, stride_weight, stride_weight_k,
+                        stride_hidden, d_weight, stride_weight, stride_weight_k,
                         stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                     )  # fmt: skip
                     z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
@@ -302,6 +299,7 @@ def exact_rows(
 ) -> None:
     """Does flagged rows again: log-prob, d hidden, kept E [n, V], statistics.
 
+    Rows of `hidden` [n, D] are contiguous.
     `scratch` holds FIELDS * splits * n fp32.
     """
     (n, d), v = hidden.shape, matrix.v
@@ -315,7 +313,7 @@ def exact_rows(
     every = (None,) * 4
     if stats is not None:
         every = (stats.entropy, stats.mean_logits, stats.is_top1, stats.log_sum_sq_probs)
-    layout = (*hidden.stride(), *matrix.layout)
+    layout = (hidden.stride(0), *matrix.layout)
     _exact_sums_kernel[(programs,)](
         hidden, *matrix.pointers, logits.bias, target, flag, any_flag, scratch,
         n, splits, v, d, *layout, logits.scale, logits.cap, **blocks,

@@ -8,6 +8,7 @@ of dW. All are bound by memory and small beside the GEMMs.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,6 +37,9 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 GRAD_WIDTH = (256, 128)  # columns of d hidden at a time; with an adapter 256 need a stack frame
 
 
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
 @triton.jit
 def _log1p(x):
     # log(w) x / (w - 1) with w = 1 + x rounded: w's rounding error cancels (Kahan).
@@ -46,7 +50,7 @@ def _log1p(x):
 
 @triton.jit(do_not_specialize=CALL_INTS)
 def _target_logits_kernel(
-    hidden_ptr,
+    hidden_ptr,  # [n_rows, D], rows contiguous
     weight_ptr,
     adapter_ptr,  # [V, D - d_weight] or None
     bias_ptr,
@@ -58,7 +62,6 @@ def _target_logits_kernel(
     V,
     D,
     stride_hidden,
-    stride_hidden_k,
     d_weight,
     stride_weight,
     stride_weight_k,
@@ -78,8 +81,7 @@ def _target_logits_kernel(
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         mask = has[:, None] & (ks < D)[None, :]
-        k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
-        at = hidden_ptr + rows[:, None] * stride_hidden + k_at
+        at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :]
         h = tl.load(at, mask=mask, other=0.0)
         w = matrix_at(
             weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
@@ -235,11 +237,12 @@ def _dw_operand_kernel(
     D,
     stride_hidden,
     stride_hidden_k,
+    ROUNDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden, times a factor per row, in the dtype of the GEMM; 0 where there is no target, NaN or
-    not."""
+    """hidden, rounded as it was multiplied, times a factor per row, in the dtype of the GEMM; 0
+    where there is no target, NaN or not."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_ok = rows < n_rows
@@ -247,7 +250,7 @@ def _dw_operand_kernel(
     inside = (ks < D)[None, :]
     k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
     at = hidden_ptr + rows[:, None] * stride_hidden + k_at
-    h = tl.load(at, mask=has[:, None] & inside, other=0.0)
+    h = tl.load(at, mask=has[:, None] & inside, other=0.0).to(ROUNDED)
     if factor_ptr is not None:
         h = h.to(tl.float32) * tl.load(factor_ptr + rows, mask=has, other=0.0)[:, None]
     out = out_ptr + rows[:, None] * D + ks[None, :]
@@ -266,6 +269,7 @@ def _target_rows_kernel(
     D,
     stride_hidden,
     stride_hidden_k,
+    ROUNDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -288,7 +292,8 @@ def _target_rows_kernel(
             c = tl.load(coefficient_ptr + row, mask=same, other=0.0)
             k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
             h_at = hidden_ptr + row[:, None] * stride_hidden + k_at
-            h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0)
+            h = h.to(ROUNDED).to(tl.float32)
             total += tl.sum(h * c[:, None], 0)
             bias_total += tl.sum(c, 0)
             at += BLOCK_R
@@ -344,7 +349,7 @@ def target_logits(
     n, d = hidden.shape
     _target_logits_kernel[(triton.cdiv(n, 4),)](
         hidden, *matrix.pointers, logits.bias, targets, target, z,
-        n, ignore_index, matrix.v, d, *hidden.stride(), *matrix.layout,
+        n, ignore_index, matrix.v, d, hidden.stride(0), *matrix.layout,
         logits.scale, logits.cap,
         BLOCK_N=4, BLOCK_K=_width(d, 512), SOFTCAP=logits.softcap, num_warps=4, **FUSE,
     )  # fmt: skip
@@ -400,25 +405,32 @@ def hidden_grad(
     )  # fmt: skip
 
 
-def dw_operand(hidden: Tensor, target: Tensor, factor: Tensor | None, out: Tensor) -> None:
+def dw_operand(
+    hidden: Tensor, target: Tensor, factor: Tensor | None, out: Tensor, rounded: torch.dtype
+) -> None:
     """out [n, D] = factor * hidden, 0 where there is no target."""
     n, d = hidden.shape
     width = _width(d, 512)
     _dw_operand_kernel[(triton.cdiv(n, 4), triton.cdiv(d, width))](
-        hidden, target, factor, out, n, d, *hidden.stride(),
+        hidden, target, factor, out, n, d, *hidden.stride(), ROUNDED=_TYPES[rounded],
         BLOCK_N=4, BLOCK_K=width, num_warps=4, **FUSE,
     )  # fmt: skip
 
 
 def add_target_rows(
-    target: Tensor, coefficient: Tensor, hidden: Tensor, dw: Tensor, db: Tensor | None
+    target: Tensor,
+    coefficient: Tensor,
+    hidden: Tensor,
+    dw: Tensor,
+    db: Tensor | None,
+    rounded: torch.dtype,
 ) -> None:
     """dW[target_n] += coefficient_n hidden_n (db likewise): sorted, one writer per row of dW."""
     (n, d), width = hidden.shape, _width(hidden.shape[1], 512)
     ordered, order = target.sort(stable=True)
     _target_rows_kernel[(n, triton.cdiv(d, width))](
         ordered, order, coefficient, hidden, dw, db, n, d, *hidden.stride(),
-        BLOCK_R=8, BLOCK_K=width, num_warps=4, **FUSE,
+        ROUNDED=_TYPES[rounded], BLOCK_R=8, BLOCK_K=width, num_warps=4, **FUSE,
     )  # fmt: skip
 
 

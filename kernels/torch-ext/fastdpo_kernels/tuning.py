@@ -98,7 +98,7 @@ _HOPPER = {
         Gemm(128, 256, 64, 8, 3, loads="persistent"),
         Gemm(128, 256, 64, 8, 4, loads="descriptor"),
         Gemm(128, 128, 64, 4, 3, loads="descriptor"),
-        Gemm(128, 128, 64, 8, 3),
+        Gemm(128, 128, 32, 8, 4),
     ),
     "rich": (
         Gemm(128, 128, 64, 8, 3, loads="descriptor"),
@@ -113,7 +113,7 @@ _BLACKWELL = _HOPPER | {
         Gemm(128, 256, 64, 8, 4, loads="descriptor"),
         Gemm(128, 128, 64, 8, 3, loads="persistent"),
         Gemm(128, 128, 64, 4, 3, loads="descriptor"),
-        Gemm(128, 128, 64, 8, 3),
+        Gemm(128, 128, 32, 8, 4),
     ),
 }
 TABLES: dict[str, dict[str, tuple[Gemm, ...]]] = {
