@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastdpo.model
 from fastdpo import DPOConfig, DPOTrainer, ModelConfig
 from fastdpo.adapters import add_adapter, lora_config
 from fastdpo.errors import ConfigError, ModelError
@@ -226,3 +228,53 @@ def test_a_checkpoint_of_an_adapter_is_a_model_that_is_trained_on(tmp_path, fold
 def test_base_precision_that_contradicts_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(model_name_or_path="m", **options)
+
+
+class CountUnpacked(TorchDispatchMode):
+    """Operations of bitsandbytes that unpack a whole 4-bit weight, or multiply by it."""
+
+    n = 0
+
+    def also(self, weight):
+        self.n += 1
+        return weight
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.n += "gemm_4bit" in name or "dequantize_4bit" in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("how, passes", [("none", 3), ("full", 4)])
+def test_a_weight_is_unpacked_once_a_pack_and_pass(
+    tmp_path, folder, monkeypatch, bits, how, passes
+):
+    """Once for the reference, once forward, once backward, and once more where the forward is
+    computed again: however many pairs a pack holds, and LoRA or no. So large packs pay for it."""
+    pytest.importorskip("bitsandbytes")
+    unpacked = CountUnpacked()
+    if bits == 8:  # ours, see model.keep_activations
+        plain = fastdpo.model._unpacked
+        monkeypatch.setattr(fastdpo.model, "_unpacked", lambda *a: unpacked.also(plain(*a)))
+    per_pack = []
+    for pairs, tokens in ((2, 2000), (8, 2000)):
+        trainer = trainer_of(
+            tmp_path / f"{pairs}",
+            folder,
+            {f"load_in_{bits}bit": True},
+            per_device_train_batch_size=pairs,
+            max_tokens_per_pack=tokens,
+            gradient_checkpointing=how,
+            max_steps=2,
+        )
+        unpacked.n = 0
+        with unpacked:
+            trainer.train()
+        n_layers = sum(
+            type(m).__module__ == "bitsandbytes.nn.modules" for m in trainer.model.modules()
+        )
+        assert n_layers == 14
+        per_pack.append(unpacked.n / 2 / n_layers)  # two steps of one pack
+    # The first layer's q, k and v want no gradient of their input.
+    assert per_pack[0] == per_pack[1] == pytest.approx(passes - 3 / 14)
