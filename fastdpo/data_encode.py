@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .data_formats import UNPAIRED, Message, RawPair, read_row
+from .data_formats import UNPAIRED, Message, RawPair, read_row, response_columns
 from .errors import DataError
 
 
@@ -85,7 +85,7 @@ def encode_rows(rows: Sequence[dict], first_row: int, plan: EncodePlan) -> Encod
                 continue
         pairs.append((i, pair))
     if plan.scan_only or any(p.kind in plan.fatal for p in problems):
-        return _collect([], problems, Counter(), plan)
+        return _collect([], problems, Counter(), rows, first_row, plan)
     counts: Counter[str] = Counter(repeats_prompt=sum(p.repeats_prompt for _, p in pairs))
     prompts, chosens, rejecteds = _tokenize(pairs, rows, first_row, plan, counts)
     triples = []
@@ -94,7 +94,7 @@ def encode_rows(rows: Sequence[dict], first_row: int, plan: EncodePlan) -> Encod
         k = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
         counts["boundary_moved"] += k < len(prompt)
         triples.append((i, i in known, prompt[:k], chosen[k:], rejected[k:]))
-    return _collect(triples, problems, counts, plan)
+    return _collect(triples, problems, counts, rows, first_row, plan)
 
 
 def _encode_tokenized(rows: Sequence[dict], first_row: int, plan: EncodePlan) -> Encoded:
@@ -116,13 +116,15 @@ def _encode_tokenized(rows: Sequence[dict], first_row: int, plan: EncodePlan) ->
                 raise DataError(f"row {i}: {name!r} holds {bad}; token ids lie in [0, {size})")
             parts.append(ids.astype(np.int32).tolist())
         triples.append((i, False, *parts))
-    return _collect(triples, problems, Counter(), plan)
+    return _collect(triples, problems, Counter(), rows, first_row, plan)
 
 
 def _collect(
     triples: list[tuple[int, bool, list[int], list[int], list[int]]],
     problems: list[Problem],
     counts: Counter[str],
+    rows: Sequence[dict],
+    first_row: int,
     plan: EncodePlan,
 ) -> Encoded:
     """Cuts to max_length, looks at what is left, and lays it out flat."""
@@ -146,12 +148,11 @@ def _collect(
         # Without a prompt no row predicts a response's first token.
         unscorable = 0 if prompt else 1
         if min(len(chosen), len(rejected)) <= unscorable:
-            column = "chosen" if len(chosen) <= unscorable else "rejected"
-            suffix = "_ids" if plan.format_name == "tokenized" else ""
-            column = "completion" if plan.format_name == UNPAIRED else column + suffix
-            problem = Problem(i, "unscored", column)
+            sides = response_columns(rows[i - first_row], plan.format_name)
+            problem = Problem(i, "unscored", sides[len(chosen) > unscorable])
         elif chosen == rejected and not known and plan.format_name != UNPAIRED:
-            problem = Problem(i, "identical_cut" if cut else "identical", "chosen and rejected")
+            sides = response_columns(rows[i - first_row], plan.format_name)
+            problem = Problem(i, "identical_cut" if cut else "identical", " and ".join(sides))
         else:
             problem = None
         if problem:

@@ -136,14 +136,27 @@ def read_row(row: dict, format_name: str, *, has_chat_template: bool) -> RawPair
         return pair
     if format_name == UNPAIRED:
         return _with_problem(pair, ("empty", "completion")) if _is_blank(pair.chosen) else pair
-    names = ("response_j", "response_k") if format_name == "stack_exchange" else None
-    sides = names or ("chosen", "rejected")
+    sides = response_columns(row, format_name)
     if pair.chosen == pair.rejected:
         return _with_problem(pair, ("identical", f"{sides[0]} and {sides[1]}"))
     for side, value in zip(sides, (pair.chosen, pair.rejected), strict=True):
         if _is_blank(value):
             return _with_problem(pair, ("empty", side))
     return pair
+
+
+def response_columns(row: dict, format_name: str) -> tuple[str, str]:
+    """The columns that hold the chosen and the rejected response of `row`."""
+    if format_name == "tokenized":
+        return "chosen_ids", "rejected_ids"
+    if format_name == "stack_exchange":
+        return "response_j", "response_k"
+    if format_name == "helpsteer":
+        first_is_better = float(row["overall_preference"]) < 0
+        return ("response1", "response2") if first_is_better else ("response2", "response1")
+    if format_name == UNPAIRED:
+        return "completion", "completion"
+    return "chosen", "rejected"
 
 
 def _with_problem(pair: RawPair, problem: tuple[str, str]) -> RawPair:
@@ -334,7 +347,7 @@ def _read_helpsteer(row: dict, has_chat_template: bool) -> RawPair:
         ) from None
     if preference == 0:
         return RawPair(problem=("tie", "overall_preference"))
-    better, worse = ("response1", "response2") if preference < 0 else ("response2", "response1")
+    better, worse = response_columns(row, "helpsteer")
     prompt = _turns(row["context"], "context")
     return _join(prompt, _turns(row[better], better), _turns(row[worse], worse))
 

@@ -70,6 +70,20 @@ def test_bad_conversations(chat):
     tokenize([{**row, "chosen": [call]}], _printing_none(chat))
 
 
+def test_a_bad_response_is_named_by_its_column(plain, chat):
+    asked = {"context": [message("user", "what")], "response1": "cat", "response2": " "}
+    for preference in (-1, 1):  # the second answer is the rejected one, then the chosen one
+        with pytest.raises(DataError, match="'response2' is empty"):
+            tokenize([{**asked, "overall_preference": preference}], chat)
+    pair = {"question": "what", "response_j": "cat", "response_k": "cat"}
+    with pytest.raises(DataError, match="response_j and response_k are identical"):
+        tokenize([pair], plain)
+    cut = {**pair, "response_j": "cat sleeps", "response_k": "cat runs"}
+    with pytest.raises(DataError, match="response_j and response_k are identical once cut"):
+        prompt = tokenize([cut], plain)[0].lengths[0, 0]
+        tokenize([cut], plain, max_length=int(prompt) + 1)
+
+
 def _printing_none(chat):
     tokenizer = copy.deepcopy(chat)
     tokenizer.chat_template = chat.chat_template.replace(
