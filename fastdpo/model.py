@@ -39,14 +39,8 @@ def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftMo
     """
     if config.model_name_or_path is None:
         raise ModelError("no model was named; set model_name_or_path to a folder or a hub name")
-    kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
+    kwargs = _load_options(config, args, quantization_config(config))
     kwargs.setdefault("revision", config.model_revision)
-    kwargs.setdefault("trust_remote_code", config.trust_remote_code)
-    if config.dtype is not None:
-        kwargs.setdefault("dtype", config.dtype)
-    quantization = quantization_config(config)
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization
     return load_pretrained(config.model_name_or_path, args.device, **kwargs)
 
 
@@ -55,15 +49,20 @@ def load_ref_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | Pe
     quantization; None where none is named."""
     if config.ref_model_name_or_path is None:
         return None
+    own = replace(config, use_peft=True, load_in_4bit=config.ref_load_in_4bit, load_in_8bit=False)
+    kwargs = _load_options(config, args, quantization_config(own))
+    return load_pretrained(config.ref_model_name_or_path, args.device, **kwargs)
+
+
+def _load_options(config: ModelConfig, args: DPOConfig, quantization: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained`: those of `args.model_init_kwargs` come first."""
     kwargs: dict[str, Any] = {**cast(dict, args.model_init_kwargs or {})}
     kwargs.setdefault("trust_remote_code", config.trust_remote_code)
     if config.dtype is not None:
         kwargs.setdefault("dtype", config.dtype)
-    own = replace(config, use_peft=True, load_in_4bit=config.ref_load_in_4bit, load_in_8bit=False)
-    quantization = quantization_config(own)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    return load_pretrained(config.ref_model_name_or_path, args.device, **kwargs)
+    return kwargs
 
 
 def load_by_name(

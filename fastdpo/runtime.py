@@ -39,22 +39,26 @@ def rank_of_ranks() -> tuple[int, int]:
     return 0, 1
 
 
+def _is_alone() -> bool:
+    return rank_of_ranks()[1] == 1
+
+
 def wait_for_ranks() -> None:
     """Returns once every rank is here."""
-    if rank_of_ranks()[1] > 1:
+    if not _is_alone():
         dist.barrier()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks; `tensor` itself where there is one rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if not _is_alone():
         dist.all_reduce(tensor)
     return tensor
 
 
 def total_over_ranks(value: int, device: torch.device) -> float:
     """The sum of a host count over all ranks; no device work where there is one rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _is_alone():
         return value
     return sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
@@ -65,7 +69,7 @@ def sum_gradients_over_ranks(parameters: Iterable[torch.nn.Parameter]) -> None:
     Each rank's loss is already divided by the number of pairs of the whole step, so the sum is
     the gradient. A rank without a pair in the step (a short last one) takes part with zeros.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _is_alone():
         return
     for bucket in _buckets([p for p in parameters if p.requires_grad], max_bytes=64 * 2**20):
         for parameter in bucket:
@@ -100,7 +104,7 @@ def _buckets(
 
 def broadcast_from_rank_0(tensors: Iterable[torch.Tensor]) -> None:
     """Gives every rank rank 0's values, so that all start from the same weights."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if not _is_alone():
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)
 
