@@ -194,11 +194,10 @@ def cases():
         base: dict = {"loss_type": [name]}
         if name == "exo_pair":
             base["label_smoothing"] = 0.001
-        variants: dict[str, dict] = {"": {}}
+        smoothings = {"": {}}
         if name in SMOOTHED:
-            variants["smooth0.2"] = {"label_smoothing": 0.2}
-        if name in WITH_F:
-            variants |= F_DIVERGENCES
+            smoothings["smooth0.2"] = {"label_smoothing": 0.2}
+        fs = {"": {}} | (F_DIVERGENCES if name in WITH_F else {})
         lds = (
             {"": {}}
             if name == "sft"
@@ -206,13 +205,12 @@ def cases():
         )
         # TRL 1.16 raises for sft with WPO: it multiplies an expanded tensor in place.
         wpos = {"": {}} if name in (*STEP_WIDE, "sft") else {"": {}, "wpo": {"use_weighting": True}}
-        for (v, variant), (d, ld), (w, wpo) in itertools.product(
-            variants.items(), lds.items(), wpos.items()
-        ):
-            if d == "ld0" and (v or w):
+        for parts in itertools.product(smoothings.items(), fs.items(), lds.items(), wpos.items()):
+            labels, options = zip(*parts, strict=True)
+            if "ld0" in labels and any(labels[i] for i in (0, 1, 3)):
                 continue
-            label = "-".join(filter(None, (name, v, d, w)))
-            yield pytest.param({**base, **variant, **ld, **wpo}, id=label)
+            given = {key: value for part in (base, *options) for key, value in part.items()}
+            yield pytest.param(given, id="-".join(filter(None, (name, *labels))))
     mpo = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     yield pytest.param(mpo, id="mpo")
     yield pytest.param({**mpo, "ld_alpha": 0.5}, id="mpo-ld")
