@@ -75,13 +75,13 @@ SPECS: dict[str, LossSpec] = {
     "bco_pair": LossSpec("BCO, arXiv 2404.04656 (ACL 2025) eq. 6: a reward shift of 0"),
     "sppo_hard": LossSpec("SPPO, arXiv 2405.00675 eq. 4.7, P of the winner 1"),
     "aot": LossSpec(
-        "AOT, arXiv 2406.05882, for pairs",
+        "AOT, arXiv 2406.05882 (v1) eq. 11 with the u and v of pairs: algorithm 2",
         scope="step",
         parameters=_SMOOTHED,
         weighting=False,
     ),
     "aot_unpaired": LossSpec(
-        "AOT, arXiv 2406.05882, unpaired",
+        "AOT, arXiv 2406.05882 (v1) eq. 11, unpaired: algorithm 1",
         scope="step",
         parameters=_SMOOTHED,
         weighting=False,
@@ -93,7 +93,7 @@ SPECS: dict[str, LossSpec] = {
     ),
     "sft": LossSpec(
         "negative log-likelihood of the chosen responses, mean over the step's tokens; mixed in "
-        "as in MPO, arXiv 2411.10442 sec. 3.2"
+        "as in MPO, arXiv 2411.10442"
     ),
     "sigmoid_norm": LossSpec(
         "length-normalised DPO, Tulu 3, arXiv 2411.15124 eq. 6", f_divergence=True
