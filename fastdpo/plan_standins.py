@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo_kernels.linear_logps_eager import is_tiny
 from fastdpo_kernels.linear_logps_torch_tiles import Head, tile_bytes, tile_shape
 
 from .batch import PackLayout
@@ -113,13 +114,18 @@ def _head_bytes(
     triton: bool,
 ) -> tuple[int, int]:
     """(bytes of E kept for the weight's gradient, bytes borrowed): linear_logps_torch.py's own
-    division of its workspace; for Triton all that a single chunk could use, within the bound."""
+    division of its workspace; a matrix [N, V] of a tiny head's, beside the one that is kept; for
+    Triton all that a single chunk could use, within the bound."""
     (n, v), vector = (len(hidden), len(weight)), 4
     if triton:
         size = vector if rounded == torch.float32 else 2
         whole = n * v * size
         kept = whole if trained and whole + 64 * n + 2**24 <= workspace_bytes else 0
         return kept, min(workspace_bytes - kept, whole + 64 * n + 2**24)
+    if is_tiny(hidden, weight, rounded, joined=False, workspace_bytes=workspace_bytes):
+        size = torch.promote_types(rounded, torch.float32).itemsize
+        rest = size * 4 * hidden.numel()  # hidden, W[y], their product and the gradient
+        return (size * n * v, rest + size * n * v) if trained else (0, rest + 2 * size * n * v)
     head = Head(
         weight=weight,
         bias=None,
