@@ -8,14 +8,17 @@ fp16; bf16 comes in where a library GEMM does the products. Tiles are 32 x 64 x 
 import dataclasses
 import functools
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import tuning
@@ -302,6 +305,25 @@ def test_a_masked_vocabulary():
     assert (got.d_hidden.double() - want.d_hidden).abs().max() < 2e-5
     assert got.stats.entropy is not None
     assert torch.isfinite(got.stats.entropy).all() and torch.isfinite(got.d_weight).all()
+
+
+def test_every_kernel_runs_here(use, monkeypatch):
+    """A kernel that is added and not interpreted shows."""
+    ran: set[str] = set()
+    call = interpreter.GridExecutor.__call__
+
+    def spy(self, *args, **kwargs):
+        ran.add(self.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", spy)
+    for name in ("pointer", "persistent", "library"):
+        use(VARIANTS[name])
+        run(op, peaked_head(20, 16, 70, dtype=torch.float16, bias=True), stats=())
+    files = Path(driver.__file__).parent.glob("linear_logps_triton*.py")
+    source = "".join(file.read_text() for file in files)
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.M))
+    assert ran == kernels and len(kernels) == 11
 
 
 # ---- counts: GEMMs, launches, bytes
