@@ -246,7 +246,7 @@ class CountUnpacked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("how, passes", [("none", 3), ("full", 4)])
+@pytest.mark.parametrize("how, passes", [("none", 3 - 3 / 14), ("full", 4)])
 def test_a_weight_is_unpacked_once_a_pack_and_pass(
     tmp_path, folder, monkeypatch, bits, how, passes
 ):
@@ -276,5 +276,6 @@ def test_a_weight_is_unpacked_once_a_pack_and_pass(
         )
         assert n_layers == 14
         per_pack.append(unpacked.n / 2 / n_layers)  # two steps of one pack
-    # The first layer's q, k and v want no gradient of their input.
-    assert per_pack[0] == per_pack[1] == pytest.approx(passes - 3 / 14)
+    # Of 14 weights the first layer's q, k and v want no gradient of their input, unless it is made
+    # to, as transformers does for checkpointing.
+    assert per_pack[0] == per_pack[1] == pytest.approx(passes)
