@@ -7,9 +7,11 @@ and prints a table. `pytest benchmarks/bench_linear_logps.py` times a CPU case.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from . import ROOT
 from .harness import (
+    BROKEN,
     Budget,
+    CudaIsBroken,
     Results,
     command_line,
     default_device,
@@ -227,7 +231,7 @@ def measure_all(
     slowest = 0.0  # seconds per necessary operation of the slowest of late, setup included
     for case, which in rows(device, smoke):
         key = f"{case.name} {which.name}"
-        if only not in key or results.has(key):
+        if only not in key or results.has(key) or key in results.failed:
             continue
         flops = gemm_flops(case.mode, case.n, case.d, case.v)
         if not budget.allows(2 + flops * slowest):
@@ -245,15 +249,17 @@ def measure_all(
         except torch.OutOfMemoryError:
             left_out[f"{key}: out of memory"] = None
             continue
-        except Exception as error:  # a peer's own; the others are still to be measured
-            if which.name.startswith("fastdpo"):
-                raise
+        except Exception as error:  # the others are still to be measured
             left_out[f"{key}: failed with {type(error).__name__}"] = None
-            print(f"{key}: {error}", file=sys.stderr)
+            traceback.print_exception(error, limit=-12)
+            results.failed.append(key)
+            if "CUDA error" in str(error):  # this process can measure nothing any more
+                raise CudaIsBroken(f"{key}: {' '.join(str(error).split())[:300]}") from None
             continue
         finally:
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # of a CUDA that is broken
+                    torch.cuda.empty_cache()
         slowest = max(slowest * 0.5, (budget.spent - started - 5) / flops, 1e-15)
         results.add(
             key, case=case.name, implementation=which.name, **dataclasses.asdict(case), **row
@@ -346,7 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"bench_linear_logps: error: {error}\n")
     budget = Budget(options.seconds)
-    left_out = measure_all(results, device, budget, options.only, options.repeats, options.smoke)
+    try:
+        left_out = measure_all(
+            results, device, budget, options.only, options.repeats, options.smoke
+        )
+    except CudaIsBroken as error:
+        results.save()
+        print(f"bench_linear_logps: error: {error}", file=sys.stderr)
+        return BROKEN
     summary = summaries(results.rows)
     results.extra |= {"left_out": left_out, "summary": summary}
     results.save()
@@ -357,7 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(as_table(summary))
     for line in left_out_lines(left_out):
         print(line)
-    return 0
+    if results.failed:
+        print(f"failed: {', '.join(results.failed)}")
+    return 1 if any(" fastdpo" in key for key in results.failed) else 0
 
 
 @pytest.mark.parametrize("name", ["fastdpo", "gemms", "eager", "trl"])

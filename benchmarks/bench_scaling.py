@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import ROOT, workloads
+from .bench_train_step import reason_of
 from .harness import (
     Budget,
     Results,
@@ -35,9 +36,9 @@ def sweeps(*, cuda: bool) -> dict[str, list[tuple[float, Case]]]:
     shape = "1B" if cuda else "tiny"
     max_length = 2048 if cuda else 128
     base = Case(shape, "lora", "ultrafeedback", 16, 4, ("fastdpo",), max_length=max_length)
-    packs = (2048, 4096, 8192, 16384, 32768) if cuda else (256, 512, 1024)
-    batches = (2, 4, 8, 16, 32, 64) if cuda else (2, 4, 8)
-    shapes = ("0.5B", "1B", "3B", "8B") if cuda else ("tiny", "tiny-untied")
+    packs = (2048, 4096, 8192, 16384, 32768) if cuda else (256, 512, 1024, 2048)
+    batches = (2, 4, 8, 16, 32, 64) if cuda else (2, 4, 8, 16)
+    shapes = ("0.5B", "1B", "3B", "8B") if cuda else ("tiny", "5M", "12M")
     total = base.pairs_per_step * base.steps  # every batch size trains on as many pairs
     return {
         "tokens per pack": [
@@ -47,7 +48,7 @@ def sweeps(*, cuda: bool) -> dict[str, list[tuple[float, Case]]]:
         "pairs per step": [
             (n, dataclasses.replace(base, pairs_per_step=n, steps=total // n)) for n in batches
         ],
-        "parameters": [
+        "parameters": [  # without embeddings, where those are no head
             (_parameters(name), dataclasses.replace(base, shape=name)) for name in shapes
         ],
     }
@@ -76,8 +77,8 @@ def measure(results: Results, device: torch.device, budget: Budget) -> list[str]
             bench = Bench(case, device)
             try:
                 found = figures(bench, "fastdpo", bench.measure("fastdpo"), peak_flops)
-            except torch.OutOfMemoryError:
-                left_out.append(f"{key}: out of memory")
+            except Exception as error:  # the other sizes are still to be measured
+                left_out.append(f"{key}: {reason_of(error)}")
                 continue
             results.add(
                 key,
@@ -135,11 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.extra["left_out"] = left_out
     results.save()
     title = f"{facts['device']['name']}, commit {facts['commit']}"
-    plot(results.rows, path.with_suffix(".png"), title)
+    if results.rows:
+        plot(results.rows, path.with_suffix(".png"), title)
     print(f"{title}; {command}\n{as_table(results.rows)}")
     for line in left_out_lines(left_out):
         print(line)
-    return 0
+    return 1 if any(": failed: " in line for line in left_out) else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import torch
 
 from . import ROOT, end_on_sigterm, hh, isolated, peers, phases
 from .harness import (
+    BROKEN,
     Budget,
+    CudaIsBroken,
     Results,
     command_line,
     copy_bytes_per_second,
@@ -43,7 +45,6 @@ from .train_cases import (
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
-BROKEN = 3  # exit status: CUDA failed in this process; --resume goes on behind what broke it
 
 
 def measure_all(
@@ -81,7 +82,7 @@ def measure_all(
             try:
                 row |= figures(bench, trainer, bench.measure(trainer, seconds), peak_flops)
             except Exception as error:  # the others are still to be measured
-                row["error"] = _reason(error)
+                row["error"] = reason_of(error)
             if "error" in row:
                 left_out.append(f"{key}: {row['error']}")
             results.add(key, **row)
@@ -91,16 +92,12 @@ def measure_all(
     return left_out
 
 
-class CudaIsBroken(RuntimeError):
-    """An illegal access or the like: whatever this process tries on the GPU now fails too."""
-
-
 def _go_on_after(row: dict[str, Any]) -> None:
     if "CUDA error" in row.get("error", ""):
         raise CudaIsBroken(f"{row['case']}, {row['trainer']}: {row['error']}")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """In a line; what is no matter of memory also goes to stderr in full."""
     said = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
@@ -140,7 +137,7 @@ def profile_all(
             try:
                 found = bench.profile(trainer, rates)
             except Exception as error:
-                found = {"error": _reason(error)}
+                found = {"error": reason_of(error)}
                 left_out.append(f"{key}: {found['error']}")
             results.add(key, case=case.name, trainer=trainer, **found)
             _go_on_after(found)

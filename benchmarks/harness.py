@@ -35,6 +35,13 @@ DISTRIBUTIONS = {
 }
 
 
+BROKEN = 3  # exit status: CUDA failed in this process; --resume goes on behind what broke it
+
+
+class CudaIsBroken(RuntimeError):
+    """An illegal access or the like: whatever this process tries on the GPU now fails too."""
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -142,6 +149,7 @@ class Results:
     def __init__(self, path: Path | None, environment: dict[str, Any], *, resume: bool = False):
         self.path, self.environment = path, environment
         self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []  # keys, which are not tried again on resuming
         self.extra: dict[str, Any] = {}
         if resume and path is not None and path.exists():
             saved = json.loads(path.read_text())
@@ -151,7 +159,7 @@ class Results:
                         f"{path} was measured with {key} {saved['environment'][key]!r}, and this "
                         f"is {environment[key]!r}; name another file, or leave out --resume"
                     )
-            self.rows = saved["rows"]
+            self.rows, self.failed = saved["rows"], saved.get("failed", [])
 
     def has(self, key: str) -> bool:
         return any(row["key"] == key for row in self.rows)
@@ -165,6 +173,8 @@ class Results:
     def save(self) -> None:
         if self.path is not None:
             document = {"environment": self.environment, **self.extra, "rows": self.rows}
+            if self.failed:
+                document["failed"] = self.failed
             write_json(self.path, document)
 
 

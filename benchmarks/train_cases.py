@@ -81,7 +81,9 @@ SMOKE_CASES = (
     Case("tiny", "full", "ultrafeedback", 2, 1, TRAINERS[:2], max_length=64),
 )
 # The least seconds to start a run with: what loading and two epochs took, rounded up.
-SECONDS_NEEDED = {"tiny": 5, "tiny-untied": 5, "0.5B": 30, "1B": 40, "3B": 60, "8B": 75}
+SECONDS_NEEDED = {
+    "tiny": 5, "tiny-untied": 5, "5M": 15, "12M": 30, "0.5B": 30, "1B": 40, "3B": 60, "8B": 75,
+}  # fmt: skip
 
 
 @dataclass

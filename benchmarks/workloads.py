@@ -95,6 +95,14 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=8000, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
     ),
+    "5M": _llama(
+        vocab_size=8000, hidden_size=192, intermediate_size=512, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "12M": _llama(
+        vocab_size=8000, hidden_size=320, intermediate_size=896, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
     "0.5B": Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=8192,
@@ -114,7 +122,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 """As Qwen2.5-0.5B, Llama-3.2-1B and -3B, and Llama-3.1-8B; tiny is the 2M Llama of
-benchmarks/hh.py, and tiny-untied another of 2M, three quarters of it embeddings and head."""
+benchmarks/hh.py, tiny-untied another of 2M, three quarters of it embeddings and head, and the next
+two are for CPUs to grow by."""
 
 
 def random_model(

@@ -256,7 +256,7 @@ def test_hh_reports_a_run(tmp_path, capsys):
 
 def test_the_scaling_benchmark_sweeps_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
-    small = bench_scaling.sweeps(cuda=False)
+    small, large = (bench_scaling.sweeps(cuda=cuda) for cuda in (False, True))
     monkeypatch.setattr(
         bench_scaling,
         "sweeps",
@@ -273,7 +273,7 @@ def test_the_scaling_benchmark_sweeps_and_resumes(tmp_path, capsys, monkeypatch)
     document = json.loads(path.read_text())
     assert [row["sweep"] for row in document["rows"]] == [s for s in small for _ in range(2)]
     assert all(row["ms_per_pair"] > 0 for row in document["rows"])
-    # About 2M parameters, embeddings left out where they are not also the head.
     sizes = [row["size"] for row in document["rows"] if row["sweep"] == "parameters"]
-    assert 1.1e6 < sizes[1] < sizes[0] < 2.1e6
+    assert sizes == [pytest.approx(2e6, rel=0.02), pytest.approx(5e6, rel=0.1)]
+    assert list(large) == list(small) and large["parameters"][-1][0] == pytest.approx(7.5e9, 0.01)
     assert path.with_suffix(".png").stat().st_size > 1000

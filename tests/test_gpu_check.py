@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_train_step, gpu_check, gpu_tests, harness, train_cases
+from benchmarks import (
+    bench_linear_logps,
+    bench_train_step,
+    gpu_check,
+    gpu_tests,
+    harness,
+    train_cases,
+)
 from benchmarks.train_cases import Case
 
 
@@ -114,7 +121,7 @@ def test_a_benchmark_whose_cuda_broke_is_resumed_in_a_new_process(tmp_path, monk
     stages = [stage for stage in gpu_check.STAGES if stage.name == "training"]
     assert gpu_check.check(400.0, "command", folder=tmp_path, stages=stages, run=run) == 1
     assert called == [("training", False), ("training", True)]
-    assert gpu_check.BROKEN == bench_train_step.BROKEN
+    assert gpu_check.BROKEN == harness.BROKEN
 
     # And it is told from an error of a trainer's own, which stops nothing.
     case = Case("tiny", "lora", "hh", 2, 2, ("fastdpo", "fastdpo-best"), max_length=64)
@@ -125,13 +132,35 @@ def test_a_benchmark_whose_cuda_broke_is_resumed_in_a_new_process(tmp_path, monk
 
     monkeypatch.setattr(train_cases.Bench, "measure", measure)
     results = harness.Results(tmp_path / "rows.json", {})
-    with pytest.raises(bench_train_step.CudaIsBroken, match="fastdpo-best.*illegal"):
+    with pytest.raises(harness.CudaIsBroken, match="fastdpo-best.*illegal"):
         bench_train_step.measure_all(
             [case], results, device=torch.device("cpu"), data=Path(), repeats=1,
             budget=harness.Budget(), peak_flops=1e9,
         )  # fmt: skip
     assert [row["trainer"] for row in results.rows] == ["fastdpo", "fastdpo-best"]
     assert "ValueError: not mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("message", "status"), [("not mine", 1), ("CUDA error: broken", 3)])
+def test_a_kernel_that_fails_stops_no_other(tmp_path, monkeypatch, capsys, message, status):
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+
+    def measure(self, case, which, repeats):
+        if which.name == "fastdpo":
+            raise RuntimeError(message)
+        return {"milliseconds": 1.0}
+
+    monkeypatch.setattr(bench_linear_logps.Bench, "measure", measure)
+    path = tmp_path / "rows.json"
+    arguments = ["--smoke", "--output", str(path), "--only", "frozen"]
+    assert bench_linear_logps.main(arguments) == status
+    assert message in capsys.readouterr().err
+    document = json.loads(path.read_text())
+    assert document["failed"] == ["frozen N=64 D=32 V=500 fastdpo"]
+    assert bool(document["rows"]) == (status == 1)
+    assert bench_linear_logps.main([*arguments, "--resume"]) == 1  # not tried again, nor forgotten
+    document = json.loads(path.read_text())
+    assert document["failed"] == ["frozen N=64 D=32 V=500 fastdpo"] and document["rows"]
 
 
 TESTS = """
