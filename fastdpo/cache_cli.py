@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         return _info(folder, references)
     if action == "verify":
         return _verify(folder, references)
-    return _prune(references, options)
+    return _prune(folder, references, options)
 
 
 def _parse(action: str, words: Sequence[str], flags: Sequence[str]) -> tuple[Path, dict[str, str]]:
@@ -126,13 +126,14 @@ def _verify(folder: Path, references: list[StoredReference]) -> int:
     return 0
 
 
-def _prune(references: list[StoredReference], options: dict[str, str]) -> int:
+def _prune(folder: Path, references: list[StoredReference], options: dict[str, str]) -> int:
     if not options:
-        for reference in references:
-            health = reference.health
-            if health.segments > 1 or health.damaged or health.torn or health.repeated:
-                done = "rewritten whole" if compact(reference) else "in use by a run: left alone"
-                print(f"  {reference.name[:12]}  {done}")
+        loose = [r for r in references if _is_loose(r)]
+        for reference in loose:
+            done = "rewritten whole" if compact(reference) else "in use by a run: left alone"
+            print(f"  {reference.name[:12]}  {done}")
+        if not loose:
+            print(f"{folder}: nothing to drop")
         return 0
     chosen = references
     if (name := options.get("reference")) is not None:
@@ -151,7 +152,15 @@ def _prune(references: list[StoredReference], options: dict[str, str]) -> int:
     for reference in chosen:
         done = "deleted" if remove_reference(reference) else "in use by a run: left alone"
         print(f"  {reference.name[:12]}  {done}: {_what(reference.about)}")
+    if not chosen:
+        print(f"{folder}: no reference is that long unused")
     return 0
+
+
+def _is_loose(reference: StoredReference) -> bool:
+    """Whether rewriting it would drop or join anything."""
+    health = reference.health
+    return bool(health.segments > 1 or health.damaged or health.torn or health.repeated)
 
 
 def _count(n: int, noun: str) -> str:

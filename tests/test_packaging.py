@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_the_core_never_imports_the_edge():
             assert "liger_kernel" not in {n.split(".")[0] for n in imports(path, lazy=False)}
             peers -= {"liger_kernel"}
         assert not peers, path.name
+
+
+def test_the_readmes_tree_names_every_module():
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
+    patterns = re.findall(r"[\w*]+\.py", tree)
+    modules = {path.name for path in (ROOT / "fastdpo").glob("[!_]*.py")}
+    named = {name for name in modules for pattern in patterns if fnmatch(name, pattern)}
+    assert modules == named
 
 
 def test_light_modules_import_nothing_heavy():

@@ -352,6 +352,7 @@ def test_prune_keeps_what_is_good(tmp_path, capsys):
     writer.close()
     assert run("prune", str(tmp_path), capsys=capsys)[0] == 0
     (left,) = segments(cache.folder)
+    assert "nothing to drop" in run("prune", str(tmp_path), capsys=capsys)[1]
     found, health = cache.read(set(values))
     assert_same(found, values)
     assert not health.damaged and not health.repeated
@@ -367,7 +368,8 @@ def test_prune_by_name_and_by_age(tmp_path, capsys):
     other.close()
     month_ago = time.time() - 30 * 86400
     os.utime(cache.folder / REFERENCE_FILE, (month_ago, month_ago))
-    assert run("prune", str(tmp_path), "--unused_days", "31", capsys=capsys)[0] == 0
+    status, out, _ = run("prune", str(tmp_path), "--unused_days", "31", capsys=capsys)
+    assert status == 0 and "no reference is that long unused" in out
     assert cache.folder.exists() and other.folder.exists()
     assert run("prune", str(tmp_path), "--unused_days", "29", capsys=capsys)[0] == 0
     assert not cache.folder.exists() and other.folder.exists()
