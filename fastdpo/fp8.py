@@ -36,10 +36,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
-def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out: torch.dtype):
+def _scaled_product(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out: torch.dtype, has_kernel: bool
+) -> Tensor:
     """(scale_a a) @ (scale_b b).T for e4m3 a [M, K], b [N, K], scales [M, 1] and [N, 1]; summed in
-    fp32. On CUDA the result is rounded to bf16 whatever `out` is: its kernel has no other."""
-    if a.is_cuda:
+    fp32. With CUDA's kernel the result is rounded to bf16 whatever `out` is: it has no other."""
+    if has_kernel:
         kwargs: dict[str, Any] = {"scale_a": scale_a, "scale_b": scale_b.t().contiguous()}
         return torch.ops.aten._scaled_mm(a, b.t(), out_dtype=torch.bfloat16, **kwargs).to(out)
     return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(out)
@@ -50,20 +52,22 @@ class _Fp8Linear(torch.autograd.Function):
     nothing of x is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, has_kernel: bool) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return _scaled_product(*quantize_rows(x), weight, scale, x.dtype)
+        ctx.has_kernel = has_kernel
+        return _scaled_product(*quantize_rows(x), weight, scale, x.dtype, has_kernel)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         (grad,) = grad_outputs
         # The sum runs over outputs here, so their scales go into the gradient beforehand.
         rows, row_scale = quantize_rows(grad.float() * scale.t())
         ones = torch.ones_like(scale[:1]).expand(weight.shape[1], 1)
         columns = weight.t().contiguous()  # [in, out]: the kernel reads along the sum
-        return _scaled_product(rows, row_scale, columns, ones, grad.dtype), None, None
+        product = _scaled_product(rows, row_scale, columns, ones, grad.dtype, ctx.has_kernel)
+        return product, None, None, None
 
 
 class Fp8Linear(nn.Module):
@@ -77,12 +81,16 @@ class Fp8Linear(nn.Module):
         self.scale = nn.Buffer(scale)
         self.bias = linear.bias
 
+    @property
+    def has_kernel(self) -> bool:
+        return self.weight.is_cuda
+
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            out = _Fp8Linear.apply(x.flatten(0, -2), self.weight, self.scale)
+            out = _Fp8Linear.apply(x.flatten(0, -2), self.weight, self.scale, self.has_kernel)
         out = out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -126,18 +134,16 @@ def _check_can_use_fp8(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def use_fp8_base(
-    model: nn.Module, pack: Pack | None, token_logps: Callable[[nn.Module, Pack], Tensor]
-) -> float | None:
-    """Turns the frozen linear layers of `model`'s decoder into `Fp8Linear`, one by one.
+def convert_layers(
+    model: nn.Module, make: Callable[[nn.Linear], nn.Module] = Fp8Linear
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """Puts what `make` gives in the place of the frozen linear layers of `model`'s decoder, one by
+    one. Returns the sizes (in, out) of those, and the names of others whose sizes do not allow it.
 
-    Returns, and logs, the root mean square error of `pack`'s `token_logps` against those of the
-    base as it was, in nat; None without a pack.
+    Raises `ModelError` where there is none.
     """
-    before = None if pack is None else token_logps(model, pack)
     layers = decoder_of(base_model(model)).get_submodule("layers")
-    n_converted = n_bytes = 0
-    skipped = []
+    replaced, skipped = [], []
     for parent_name, parent in list(layers.named_modules()):
         for name, child in list(parent.named_children()):
             # What modules_to_save trains in full must start from what the reference reads.
@@ -148,16 +154,32 @@ def use_fp8_base(
             if child.in_features % _MULTIPLE or child.out_features % _MULTIPLE:
                 skipped.append(f"{parent_name}.{name}")
                 continue
-            n_bytes += child.weight.numel() * (child.weight.element_size() - 1)
-            parent._modules[name] = Fp8Linear(child)
-            n_converted += 1
-    if not n_converted:
+            parent._modules[name] = make(child)
+            replaced.append((child.in_features, child.out_features))
+    if not replaced:
         raise ModelError(
             f"'base_precision' fp8: {type(base_model(model)).__name__} has no frozen linear layer "
             f"with sizes in steps of {_MULTIPLE}; leave it out"
         )
+    return replaced, skipped
+
+
+@torch.no_grad()
+def use_fp8_base(
+    model: nn.Module, pack: Pack | None, token_logps: Callable[[nn.Module, Pack], Tensor]
+) -> float | None:
+    """Turns the frozen linear layers of `model`'s decoder into `Fp8Linear`, one by one.
+
+    Returns, and logs, the root mean square error of `pack`'s `token_logps` against those of the
+    base as it was, in nat; None without a pack.
+    """
+    before = None if pack is None else token_logps(model, pack)
+    width = base_model(model).dtype.itemsize
+    replaced, skipped = convert_layers(model)
+    n_bytes = (width - 1) * sum(n_in * n_out for n_in, n_out in replaced)
+    layers = decoder_of(base_model(model)).get_submodule("layers")
     how = "" if next(layers.parameters()).is_cuda else ", emulated on this device"
-    logger.info("base: %d linear layers in fp8%s, %.3g GB less", n_converted, how, n_bytes / 1e9)
+    logger.info("base: %d linear layers in fp8%s, %.3g GB less", len(replaced), how, n_bytes / 1e9)
     if skipped:
         logger.warning("base: %d layers not in fp8, such as %s", len(skipped), skipped[0])
     if pack is None or before is None:

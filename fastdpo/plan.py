@@ -7,17 +7,20 @@ chosen is plan_choose.py's; what is printed and checked in a run, plan_cli.py's 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from .batch import Pack
 from .data import TokenizedPairs
-from .packing import longest_pair, pair_costs, step_pair_ids
+from .fp8 import Fp8Linear
+from .packing import longest_pair, pair_costs
 from .plan_device import CUDA_CONTEXT, Device, step_seconds
+from .plan_packs import HeavyPack, HeavyPacks, steps_of_run
 from .plan_replay import StepMemory, StepSettings, TwinSpec, build_twin, replay, weight_bytes
 from .plan_tracker import ACTIVATIONS, GRADIENTS, WORKSPACE
 from .steps import Packer
@@ -71,7 +74,8 @@ class Job:
 class Prediction:
     """memory: bytes at the peak of a step, by kind. allowance: what the allocator can't use, and
     CUDA itself. host_bytes: offloaded. pack_tokens, n_packs: of the heaviest pack and step.
-    seconds: the least that a mean step takes; None if the device's rate is unknown."""
+    seconds: the least that a mean step takes; None if the device's rate is unknown. making: bytes
+    at the highest moment before step 1, where that is more than the model as it then is."""
 
     choice: Choice
     memory: dict[str, int]
@@ -80,24 +84,28 @@ class Prediction:
     pack_tokens: int
     n_packs: int
     seconds: float | None
+    making: int = 0
 
     @property
     def peak(self) -> int:
-        """Bytes allocated at the highest moment."""
+        """Bytes allocated at the highest moment of the steps."""
         return sum(self.memory.values())
 
     @property
     def total(self) -> int:
-        return self.peak + self.allowance
+        """What the run needs, from its making to its last step."""
+        return max(self.peak + self.allowance, self.making)
 
 
 @dataclass(frozen=True)
 class _Static:
-    """Bytes that do not depend on packs; `sizes`: (elements, bytes) of each trained parameter."""
+    """Bytes that do not depend on packs; `sizes`: (elements, bytes) of each trained parameter;
+    `converted`: elements of each weight that an fp8 base converts."""
 
     frozen: int
     trainable: int
     sizes: tuple[tuple[int, int], ...]
+    converted: tuple[int, ...] = ()
 
 
 @dataclass
@@ -107,107 +115,118 @@ class Planner:
     job: Job
     _replays: dict[Any, StepMemory] = field(default_factory=dict)
     _statics: dict[Any, _Static] = field(default_factory=dict)
-    _packs: dict[int, tuple[list[Pack], int]] = field(default_factory=dict)
+    _packs: dict[Any, tuple[list[HeavyPack], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.costs = pair_costs(self.job.pairs, self.job.packer.mode, self.job.packer.with_last)
+        job = self.job
+        self.costs = pair_costs(job.pairs, job.packer.mode, job.packer.with_last)
+        self._steps = steps_of_run(job.pairs, job.args)
+        self.heavy_packs = self._heavy_packs(range(len(self._steps)))
 
     @property
     def longest(self) -> tuple[int, int]:
         """(row, tokens) of the pair that takes most tokens of a pack."""
         return longest_pair(self.job.pairs, self.job.packer.mode, self.job.packer.with_last)
 
-    @property
+    @functools.cached_property
     def heaviest_step(self) -> int:
-        """Most tokens that a step of the first epoch holds."""
-        return max(int(self.costs[ids].sum()) for ids in self._steps())
+        """Most tokens that a step of the run holds."""
+        return max(int(self.costs[ids].sum()) for ids in self._steps)
 
-    def predict(self, choice: Choice) -> Prediction:
-        """Raises `ModelError` for a model that has no plan, `DataError` for a pair too long."""
+    def predict(self, choice: Choice, steps: range | None = None) -> Prediction:
+        """The peak of the run, or of those of its `steps` alone.
+
+        A first step has no optimizer states before its update, unless it is a resumed run's.
+        Raises `ModelError` for a model that has no plan, `DataError` for a pair too long.
+        """
         job, spec = self.job, with_precision(self.job.spec, choice.base_precision)
-        packs, n_packs = self._heaviest_packs(choice.max_tokens_per_pack)
-        settings = self._settings(choice, spec, n_packs)
-        replays = [self._replay(choice, spec, pack, settings) for pack in packs]
+        heavy, n_packs = self._packs_of(choice.max_tokens_per_pack, steps)
         static = self._static(choice, spec)
         states, paged = state_bytes(choice.optim, static.sizes)
-        memory = dict.fromkeys(KINDS, 0)
-        has_adapter = spec.peft_config is not None
-        memory[WEIGHTS] = static.frozen + (0 if has_adapter else static.trainable)
-        memory[ADAPTERS] = static.trainable if has_adapter else 0
-        memory[STATES] = states
-        memory[REFERENCE] = (
-            static.frozen + static.trainable if job.reference_bytes is None else job.reference_bytes
-        )
+        held = self._held(static)
         gradients, borrowed = self._at_update(choice, static, n_packs)
-        heaviest = max(range(len(packs)), key=lambda i: replays[i].total)
-        step = replays[heaviest]
-        if step.total >= gradients + borrowed:
-            for kind, size in step.kinds.items():
-                memory[kind] += size
-        else:
-            memory[GRADIENTS], memory[WORKSPACE] = gradients, borrowed
+        moments = [held | {STATES: states, GRADIENTS: gradients, WORKSPACE: borrowed}]
+        replays: list[tuple[StepMemory, HeavyPack]] = []
+        for one in heavy:
+            own_states = states * one.has_states
+            most = min(
+                (one.at_most(other, step.total, gradients) for step, other in replays),
+                default=math.inf,
+            )
+            highest = max(sum(moment.values()) for moment in moments)
+            if sum(held.values()) + own_states + most <= highest:
+                continue  # it can't decide
+            settings = self._settings(choice, spec, n_packs > 1, one.has_gradients)
+            step = self._replay(choice, spec, one.pack, settings)
+            replays.append((step, one))
+            moments.append(held | step.kinds | {STATES: own_states})
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        memory = {kind: peak.get(kind, 0) for kind in KINDS}
         allowance = 0
         if job.device.cuda:
             memory[WORKSPACE] += CUBLAS_WORKSPACE
             moving = sum(memory.values()) - memory[WEIGHTS] - memory[REFERENCE]
             allowance = CUDA_CONTEXT + int(FRAGMENTATION * moving)
-        pack = packs[heaviest]
+        step, heaviest = max(replays, key=lambda found: found[0].total)
         return Prediction(
             choice,
             memory,
             allowance,
             step.host_bytes + paged,
-            pack.n_tokens,
+            heaviest.pack.n_tokens,
             n_packs,
-            self._seconds(choice, spec, static, pack, step),
+            self._seconds(choice, spec, static, heaviest.pack, step),
+            self._making(static),
         )
 
     def least_static(self, choice: Choice) -> int:
         """Bytes that are there whatever the packs are: a bound that needs no replay."""
-        static = self._static(choice, with_precision(self.job.spec, choice.base_precision))
-        reference = self.job.reference_bytes
-        both = static.frozen + static.trainable
+        spec = with_precision(self.job.spec, choice.base_precision)
+        static = self._static(choice, spec)
         context = CUDA_CONTEXT if self.job.device.cuda else 0
         states, _ = state_bytes(choice.optim, static.sizes)
-        return both + states + (both if reference is None else reference) + context
+        at_update = sum(self._held(static).values()) + states + context
+        return max(at_update, self._making(static))
 
     # ---- the parts ----------------------------------------------------------------------------
 
-    def _steps(self) -> list[np.ndarray]:
-        args = self.job.args
-        return step_pair_ids(
-            self.job.pairs,
-            pairs_per_step=args.pairs_per_step // args.world_size,
-            epoch=0,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            sampling=args.train_sampling_strategy,
-            group_by_prompt=args.group_by_prompt,
-        )
+    def _heavy_packs(self, steps: range) -> HeavyPacks:
+        """Of `steps` by their places in the run; of a run on assumed pairs all find states."""
+        job = self.job
+        fresh = steps.start == 0 and job.rows_are_real and not job.args.optimizer_in_backward
+        there = self._steps[steps.start : steps.stop] or self._steps[-1:]
+        return HeavyPacks(job.pairs, job.packer, there, states_from=int(fresh))
 
-    def _heaviest_packs(self, max_tokens: int) -> tuple[list[Pack], int]:
-        """The packs that decide, of the first epoch's heaviest steps (the one with most tokens and
-        the one with the longest pair): that with most tokens, that with most scored tokens, and
-        that with the longest pair; and how many packs such a step has."""
-        if max_tokens not in self._packs:
-            job, costs = self.job, self.costs
-            scored = job.pairs.lengths[:, 1:].sum(axis=1)
-            steps = self._steps()
-            worst = int(costs.argmax())
-            most = max(range(len(steps)), key=lambda k: int(costs[steps[k]].sum()))
-            having = next(k for k, ids in enumerate(steps) if worst in ids)
-            packer = job.packer.of_tokens(max_tokens)
-            planned = {k: packer.plan(job.pairs, steps[k]) for k in {most, having}}
-            packs = [ids for of_step in planned.values() for ids in of_step]
-            chosen = {
-                tuple(max(packs, key=lambda ids: int(costs[ids].sum()))),
-                tuple(max(packs, key=lambda ids: int(scored[ids].sum()))),
-                tuple(next(ids for ids in packs if worst in ids)),
-            }
-            built = [packer.pack(job.pairs, list(ids)) for ids in sorted(chosen)]
-            self._packs[max_tokens] = built, max(map(len, planned.values()))
-        return self._packs[max_tokens]
+    def _packs_of(self, max_tokens: int, steps: range | None) -> tuple[list[HeavyPack], int]:
+        key = (max_tokens, steps)
+        if key not in self._packs:
+            heavy = self.heavy_packs if steps is None else self._heavy_packs(steps)
+            self._packs[key] = heavy.of_tokens(max_tokens)
+        return self._packs[key]
 
-    def _settings(self, choice: Choice, spec: TwinSpec, n_packs: int) -> StepSettings:
+    def _held(self, static: _Static) -> dict[str, int]:
+        """Bytes by kind that are there in every step from its first moment on."""
+        has_adapter = self.job.spec.peft_config is not None
+        both = static.frozen + static.trainable
+        reference = self.job.reference_bytes
+        return {
+            WEIGHTS: static.frozen if has_adapter else both,
+            ADAPTERS: static.trainable if has_adapter else 0,
+            REFERENCE: both if reference is None else reference,
+        }
+
+    def _making(self, static: _Static) -> int:
+        """Bytes before step 1 where they are more than the base: one in fp8 is in bf16 first, and
+        converted layer by layer, through three fp32 copies of a weight."""
+        if not static.converted:
+            return 0
+        context = CUDA_CONTEXT if self.job.device.cuda else 0
+        more = sum(static.converted) + 12 * max(static.converted)
+        return sum(self._held(static).values()) + more + context
+
+    def _settings(
+        self, choice: Choice, spec: TwinSpec, several_packs: bool, has_gradients: bool
+    ) -> StepSettings:
         job = self.job
         dtype = torch.bfloat16 if job.bf16 else spec.dtype
         text = spec.config.get_text_config()
@@ -222,9 +241,10 @@ class Planner:
             triton=job.device.cuda and job.args.logps_impl != "torch",
             padded=job.packer.mode == "padded",
             checkpointing=choice.gradient_checkpointing,
-            offload=choice.activation_offloading,
+            offload=choice.activation_offloading and job.device.cuda,  # else host is device
             workspace_bytes=choice.logps_workspace_bytes,
-            several_packs=n_packs > 1,
+            several_packs=several_packs,
+            has_gradients=has_gradients,
             in_backward=job.args.optimizer_in_backward,
         )
 
@@ -240,7 +260,11 @@ class Planner:
         if choice.base_precision not in self._statics:
             twin = build_twin(spec)
             sizes = tuple((p.numel(), p.nbytes) for p in twin.parameters() if p.requires_grad)
-            self._statics[choice.base_precision] = _Static(*weight_bytes(twin), sizes)
+            converted = tuple(
+                module.weight.numel() for module in twin.modules() if isinstance(module, Fp8Linear)
+            )
+            found = _Static(*weight_bytes(twin), sizes, converted)
+            self._statics[choice.base_precision] = found
         return self._statics[choice.base_precision]
 
     def _at_update(self, choice: Choice, static: _Static, n_packs: int) -> tuple[int, int]:
@@ -293,7 +317,7 @@ def with_precision(spec: TwinSpec, base_precision: str | None) -> TwinSpec:
     if base_precision is None:
         return spec
     bits = {"bf16": None, "8bit": 8, "4bit": 4}[base_precision]
-    return replace(spec, dtype=torch.bfloat16, bits=bits)
+    return replace(spec, dtype=torch.bfloat16, bits=bits, fp8=False)
 
 
 def state_bytes(optim: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

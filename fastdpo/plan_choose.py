@@ -57,7 +57,7 @@ def _options(planner: Planner) -> dict[str, list]:
         checkpointing.remove("selective")
     ladders = {
         "gradient_checkpointing": checkpointing,
-        "activation_offloading": [False, True],
+        "activation_offloading": [False, True] if job.device.cuda else [False],
         "optim": list(OPTIMIZERS) if job.device.cuda else list(OPTIMIZERS[:1]),
         "logps_workspace_bytes": list(WORKSPACES),
     }
@@ -141,7 +141,7 @@ def _impossible(planner: Planner, options: dict[str, list], memory: int) -> Conf
     given = planner.job.args.max_tokens_per_pack
     tokens = longest if given == AUTO else given
     least = planner.predict(Choice(tokens, **{name: of[-1] for name, of in options.items()}))
-    static = least.total - _dynamic(least)
+    static = planner.least_static(least.choice)
     wants = f"the least that this run takes is {show_bytes(least.total)} ({describe(least.choice)})"
     ways = []
     freed = _freed(planner, options, longest)

@@ -121,6 +121,7 @@ def job_of_config(
         *_precision(model, config),
         adapter,
         *_bits(model),
+        fp8=model.base_precision == "fp8",
         lean_lora=args.lean_lora,
     )
     kind, size = "adapters_off", 0
@@ -251,6 +252,7 @@ def table(
         ("peak", prediction.peak),
         *([(ALLOWANCE, prediction.allowance)] if prediction.allowance else []),
         *([("total", prediction.total)] if prediction.allowance else []),
+        *([("before step 1", prediction.making)] if prediction.making else []),
         *([("on the host", prediction.host_bytes)] if prediction.host_bytes else []),
     ]
     lines += [f"  {name:<26}{show_bytes(size):>12}" for name, size in rows]
@@ -287,6 +289,8 @@ def table(
 
 def _given_precision(job: Job) -> str:
     bits = job.spec.bits
+    if job.spec.fp8:
+        return "fp8"
     return f"{bits}bit" if bits else str(job.spec.dtype).removeprefix("torch.")
 
 

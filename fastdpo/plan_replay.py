@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,11 +29,15 @@ from .attention import register_backend, registered_name
 from .batch import Pack
 from .checkpointing import checkpoint_activations
 from .errors import FastDPOError, ModelError
-from .logps import decoder_output, output_head
+from .fp8 import Fp8Linear, convert_layers
+from .head import head_lora, output_head
+from .logps import decoder_output
 from .lora import use_lean_lora
 from .model import base_model, disable_dropout
 from .offload import IN_FLIGHT, LEAST_BYTES, storages_of, takes
 from .plan_standins import (
+    STANDINS,
+    PlannedFp8Linear,
     PlannedHead,
     PlannedOffload,
     PlannedQuantizedLinear,
@@ -51,8 +56,9 @@ class TwinSpec:
     """A model that is to be trained, as far as memory goes.
 
     dtype: of the weights. bits: 4 or 8 where bitsandbytes holds the frozen linear layers, with
-    `nested` constants; None otherwise. trainable: the names of the parameters that are trained,
-    where it is not PEFT's adapter or, without one, the whole model. lean_lora: as the option.
+    `nested` constants; None otherwise. fp8: whether they are e4m3 instead. trainable: the names of
+    the parameters that are trained, where it is not PEFT's adapter or, without one, the whole
+    model. lean_lora: as the option.
     """
 
     config: PretrainedConfig
@@ -60,6 +66,7 @@ class TwinSpec:
     peft_config: PeftConfig | None = None
     bits: int | None = None
     nested: bool = False
+    fp8: bool = False
     trainable: frozenset[str] | None = None
     lean_lora: bool = True
 
@@ -68,8 +75,9 @@ class TwinSpec:
 class StepSettings:
     """How a step is computed, as far as memory goes.
 
-    checkpointing: False, "selective" or True (every layer). several_packs: gradients are there
-    already when a pack begins. in_backward: each is applied and freed as soon as it is whole.
+    checkpointing: False, "selective" or True (every layer). several_packs: of a step, whose 16-bit
+    gradients are then summed in fp32; has_gradients: they are there already when the pack begins.
+    in_backward: each is applied and freed as soon as it is whole.
     """
 
     cuda: bool = False
@@ -81,6 +89,7 @@ class StepSettings:
     offload: bool = False
     workspace_bytes: int = 256 * 2**20
     several_packs: bool = False
+    has_gradients: bool = False
     in_backward: bool = False
 
 
@@ -103,13 +112,16 @@ class StepMemory:
 # ---- the twin -----------------------------------------------------------------------------------
 
 
-def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel | PeftModel:
-    """The model on the `meta` device, with its adapter; of `n_layers` layers if given.
+def build_twin(
+    spec: TwinSpec, n_layers: int | None = None, cuda: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The model on the `meta` device, with its adapter; of `n_layers` layers if given. cuda: an fp8
+    base is computed with that device's kernel.
 
     Raises `ModelError` where transformers has no causal language model for the config.
     """
     config = copy.deepcopy(spec.config)
-    if n_layers is not None:
+    if n_layers not in (None, config.get_text_config().num_hidden_layers):
         _shorten(config, n_layers)
     try:
         with torch.device("meta"):
@@ -130,6 +142,8 @@ def build_twin(spec: TwinSpec, n_layers: int | None = None) -> PreTrainedModel |
             raise ModelError(f"PEFT can't add the adapter: {_first_line(error)}") from error
         if spec.lean_lora:
             use_lean_lora(model, log=False)
+    if spec.fp8:
+        convert_layers(model, PlannedFp8Linear if cuda else Fp8Linear)
     if spec.trainable is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in spec.trainable)
@@ -182,6 +196,8 @@ def _depths(spec: TwinSpec) -> tuple[int, ...]:
     )
     period = period if types else 1
     low = max(period, 2)
+    if isinstance(getattr(type(text), "layer_types", None), property):  # can't be shortened
+        return (depth,)
     uneven = ("layers_to_transform", "rank_pattern", "layer_replication")
     if any(getattr(spec.peft_config, name, None) for name in uneven):
         return (depth,)
@@ -244,7 +260,7 @@ def _line(a: int, at_a: int, b: int, at_b: int, x: int) -> int:
 def _run(
     spec: TwinSpec, n_layers: int, pack: Pack, settings: StepSettings
 ) -> tuple[dict[str, Counter[str]], int, int, int]:
-    model = build_twin(spec, n_layers)
+    model = build_twin(spec, n_layers, settings.cuda)
     base = base_model(model)
     mode = FakeTensorMode()
     _give_fake_tensors(model, mode)
@@ -254,7 +270,7 @@ def _run(
         base.set_attn_implementation(_FLASH if settings.flash else _SDPA)
     if settings.checkpointing:
         checkpoint_activations(model, settings.checkpointing, {})
-    tracker = MemoryTracker(granularity=512 if settings.cuda else 1)
+    tracker = MemoryTracker(granularity=512 if settings.cuda else 1, standins=STANDINS)
     weights = [*model.parameters(), *model.buffers()]
     tracker.ignore(weights)
     _watch_gradients(model, tracker, settings, mode)
@@ -307,7 +323,15 @@ def _forward(
     rows = gather_rows(hidden, pack.predict)
     head = output_head(base)
     rounded = torch.bfloat16 if settings.bf16 else rows.dtype
-    logps = PlannedHead.apply(rows, head.weight, rounded, settings.workspace_bytes, settings.triton)
+    adapter, lora = None, head_lora(head)
+    if lora is not None:  # as linear_logps itself joins it
+        a, adapter, scaling = lora
+        with torch.autocast("cpu", enabled=False):
+            rows = rows.to(rounded)
+            rows = torch.cat([rows, F.linear(rows, (scaling * a).to(rounded))], 1)
+    logps = PlannedHead.apply(
+        rows, head.weight, adapter, rounded, settings.workspace_bytes, settings.triton
+    )
     tracker.stack.pop()
     assert isinstance(logps, Tensor)
     return logps
@@ -329,7 +353,9 @@ def _watch_gradients(
     trainable = [p for p in model.parameters() if p.requires_grad]
     accumulation = Fp32Accumulation(trainable) if settings.several_packs else None
     for parameter in trainable:
-        if settings.several_packs and parameter.dtype in (torch.float32, torch.float64):
+        if not settings.has_gradients:
+            pass
+        elif parameter.dtype in (torch.float32, torch.float64):
             with mode:
                 parameter.grad = torch.empty_like(parameter)
             tracker.retag(parameter.grad, GRADIENTS)

@@ -105,7 +105,7 @@ def job_of(models: Models, pairs: TokenizedPairs, packer: Packer, args: DPOConfi
     elif reference.model is not policy:
         size = sum(p.nbytes for p in reference.model.parameters())
     return Job(
-        spec=replace(spec_of(policy), lean_lora=args.lean_lora),
+        spec=replace(spec_of(policy), lean_lora=args.lean_lora, fp8=args.base_precision == "fp8"),
         args=args,
         pairs=pairs,
         device=present_device(args.device),
@@ -140,15 +140,19 @@ def spec_of(model: nn.Module) -> TwinSpec:
 
 @dataclass
 class RunPlan:
-    """What was predicted for a run, and what became of it. auto: the options it chose."""
+    """What was predicted for a run, and what became of it. auto: the options it chose.
+    first_steps_peak: predicted for the steps whose peak is measured, which need not hold the run's
+    heaviest pack."""
 
     planner: Planner
     prediction: Prediction
     memory: int | None
     auto: list[str]
+    first_steps_peak: int | None = None
     measured_peak: int | None = None
     repacked: list[int] = field(default_factory=list)
     _steps: int = 0
+    _began: int = 0
     _tracking: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _tracker: MemoryTracker | None = None
 
@@ -186,6 +190,7 @@ class RunPlan:
             "longest_pair": {"row": row, "tokens": tokens},
             "seconds_per_step_at_least": p.seconds,
             "repacked_to": self.repacked,
+            "first_steps_peak_bytes": self.first_steps_peak,
             "measured_peak_bytes": self.measured_peak,
         }
 
@@ -197,19 +202,21 @@ class RunPlan:
 
     # ---- the measured peak --------------------------------------------------------------------
 
-    def measuring(self, model: nn.Module, args: DPOConfig) -> contextlib.ExitStack:
+    def measuring(self, trainer: DPOTrainer) -> contextlib.ExitStack:
         """A context for the run's steps, in which the peak of the first few is measured."""
-        self._steps = 0
+        args, self._steps = trainer.args, 0
+        self._began = trainer.state.global_step
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         elif args.measure_memory:
             from .plan_replay import measured
 
-            self._tracker = self._tracking.enter_context(measured(model))
+            self._tracker = self._tracking.enter_context(measured(trainer.model))
         return self._tracking
 
     def after_step(self, trainer: DPOTrainer) -> None:
-        """Counts a step; after the first few, compares, and says so in one line."""
+        """Counts a step; after the first few, compares their measured peak with the one predicted
+        for these very steps, and says so in one line."""
         args, state = trainer.args, trainer.state
         self._steps += 1
         is_last = state.global_step == state.max_steps
@@ -223,19 +230,21 @@ class RunPlan:
             self._tracking.close()
         else:
             return
-        self.measured_peak = peak
-        planned = self.prediction.peak
-        apart = abs(peak - planned) / planned
+        choice = replace(self.prediction.choice, max_tokens_per_pack=trainer.packer.max_tokens)
+        steps = range(self._began, self._began + self._steps)
+        planned = self.planner.predict(choice, steps).peak
+        self.measured_peak, self.first_steps_peak = peak, planned
         short = peak > 1.1 * planned
         logger.log(
             logging.WARNING if short else logging.INFO,
-            "memory: %s at the peak of the first %d steps, %s planned for the heaviest pack "
-            "(%.0f %% %s)%s",
+            "memory: %s at the peak of the first %d steps, %s planned for them (%.0f %% %s); %s "
+            "planned for the run%s",
             show_bytes(peak),
             self._steps,
             show_bytes(planned),
-            100 * apart,
+            100 * abs(peak - planned) / planned,
             "more" if peak > planned else "less",
+            show_bytes(self.prediction.peak),
             "; the plan was short: lower max_tokens_per_pack if memory runs out" if short else "",
         )
         if state.is_world_process_zero:

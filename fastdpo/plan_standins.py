@@ -15,6 +15,7 @@ from fastdpo_kernels.linear_logps_eager import is_tiny
 from fastdpo_kernels.linear_logps_torch_tiles import Head, tile_bytes, tile_shape
 
 from .batch import PackLayout
+from .fp8 import Fp8Linear
 
 # ---- attention on a GPU -----------------------------------------------------------------------
 
@@ -62,7 +63,8 @@ def run_planned_attention(
 class PlannedHead(torch.autograd.Function):
     """In the place of `linear_logps`: what it keeps, returns and borrows.
 
-    hidden [N, D], weight [V, D] -> [N]. rounded: the dtype that operands are computed in.
+    hidden [N, D], weight [V, D] -> [N]. rounded: the dtype that operands are computed in. With an
+    `adapter` [V, r], which is trained in the weight's place, hidden is [N, D + r].
     """
 
     @staticmethod
@@ -70,6 +72,7 @@ class PlannedHead(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        adapter: Tensor | None,
         rounded: torch.dtype,
         workspace_bytes: int,
         triton: bool,
@@ -79,14 +82,17 @@ class PlannedHead(torch.autograd.Function):
         logps = hidden.new_empty(n, dtype=out)
         vectors = [hidden.new_empty(n, dtype=out) for _ in range(4 if triton else 3)]
         unscaled = hidden.new_empty(n, d, dtype=rounded) if hidden.requires_grad else None
-        trained = weight.requires_grad
-        kept, borrowed = _head_bytes(hidden, weight, rounded, workspace_bytes, trained, triton)
+        of_head = weight if adapter is None else adapter
+        trained = of_head.requires_grad
+        kept, borrowed, ctx.borrowed = _head_bytes(
+            hidden, weight, adapter, rounded, workspace_bytes, trained, triton
+        )
         saved = [hidden.new_empty(kept, dtype=torch.uint8)] if kept else []
         _borrow(hidden, borrowed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(unscaled, *([hidden, weight] if trained else []), *vectors, *saved)
-        ctx.hidden_dtype, ctx.borrowed, ctx.trained = hidden.dtype, borrowed, trained
-        ctx.weight_like = (weight.shape, weight.dtype)
+        ctx.hidden_dtype, ctx.trained = hidden.dtype, trained
+        ctx.like, ctx.has_adapter = (of_head.shape, of_head.dtype), adapter is not None
         return logps
 
     @staticmethod
@@ -95,10 +101,11 @@ class PlannedHead(torch.autograd.Function):
         hidden_grad = (unscaled * 1.0).to(ctx.hidden_dtype) if unscaled is not None else None
         weight_grad = None
         if ctx.trained:
-            shape, dtype = ctx.weight_like
+            shape, dtype = ctx.like
             weight_grad = grads[0].new_empty(shape, dtype=dtype)
             _borrow(weight_grad, ctx.borrowed)
-        return hidden_grad, weight_grad, None, None, None
+        of_head = (None, weight_grad) if ctx.has_adapter else (weight_grad, None)
+        return hidden_grad, *of_head, None, None, None
 
 
 def _borrow(like: Tensor, n_bytes: int) -> None:
@@ -108,41 +115,50 @@ def _borrow(like: Tensor, n_bytes: int) -> None:
 def _head_bytes(
     hidden: Tensor,
     weight: Tensor,
+    adapter: Tensor | None,
     rounded: torch.dtype,
     workspace_bytes: int,
     trained: bool,
     triton: bool,
-) -> tuple[int, int]:
-    """(bytes of E kept for the weight's gradient, bytes borrowed): linear_logps_torch.py's own
-    division of its workspace; a matrix [N, V] of a tiny head's, beside the one that is kept; for
-    Triton all that a single chunk could use, within the bound."""
+) -> tuple[int, int, int]:
+    """(bytes of E kept for the weight's gradient, bytes borrowed forward, backward):
+    linear_logps_torch.py's own division of its workspace, where a kept E needs no tile backward; a
+    matrix [N, V] of a tiny head's, beside the one that is kept; for Triton all that a single chunk
+    could use, within the bound."""
     (n, v), vector = (len(hidden), len(weight)), 4
     if triton:
         size = vector if rounded == torch.float32 else 2
         whole = n * v * size
         kept = whole if trained and whole + 64 * n + 2**24 <= workspace_bytes else 0
-        return kept, min(workspace_bytes - kept, whole + 64 * n + 2**24)
-    if is_tiny(hidden, weight, rounded, joined=False, workspace_bytes=workspace_bytes):
+        borrowed = min(workspace_bytes - kept, whole + 64 * n + 2**24)
+        return kept, borrowed, borrowed
+    joined = adapter is not None
+    if is_tiny(hidden, weight, rounded, joined=joined, workspace_bytes=workspace_bytes):
         size = torch.promote_types(rounded, torch.float32).itemsize
         rest = size * 4 * hidden.numel()  # hidden, W[y], their product and the gradient
-        return (size * n * v, rest + size * n * v) if trained else (0, rest + 2 * size * n * v)
+        whole = size * n * v
+        return (whole, rest + whole, rest) if trained else (0, rest + 2 * whole, 0)
     head = Head(
         weight=weight,
         bias=None,
-        adapter=None,
+        adapter=adapter,
         softcap=None,
         scale=1.0,
         temperature=1.0,
         rounded=rounded,
     )
-    kept = n * v * head.dtype.itemsize if trained else 0
+    size = head.dtype.itemsize
+    kept = n * v * size if trained else 0
     if kept + tile_bytes(head, min(n, 256), min(v, 1024), head.tiles) > workspace_bytes:
         kept = 0
     tile = tile_shape(head, n, workspace_bytes - kept, head.tiles)
     borrowed = tile_bytes(head, *tile, head.tiles)
-    if kept:  # the buffer has room for a whole row of E
-        borrowed += head.dtype.itemsize * head.tiles * max(v - tile[0] * tile[1], 0)
-    return kept, borrowed
+    if not kept:
+        return 0, borrowed, borrowed
+    # The buffer has room for a whole row of E.
+    borrowed += size * head.tiles * max(v - tile[0] * tile[1], 0)
+    tile = tile_shape(head, n, workspace_bytes - kept, 0)
+    return kept, borrowed, tile_bytes(head, *tile, 0)
 
 
 # ---- quantized weights ------------------------------------------------------------------------
@@ -154,6 +170,14 @@ class PlannedQuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return _QuantizedProduct.apply(input, self.weight, self.bias)  # pyright: ignore
+
+
+class PlannedFp8Linear(Fp8Linear):
+    """`Fp8Linear` as it is where its kernel can run."""
+
+    @property
+    def has_kernel(self) -> bool:
+        return True
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -185,6 +209,32 @@ def quantized_bytes(n_in: int, n_out: int, bits: int, nested: bool = False) -> i
     blocks = -(-n // 64)
     scales = blocks + 4 * -(-blocks // 256) + 4 + 1024 if nested else 4 * blocks
     return -(-n // 2) + scales + 64  # and the 16 values of the format, fp32
+
+
+# ---- experts ----------------------------------------------------------------------------------
+
+
+def _grouped_product(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """In the place of `aten::_grouped_mm`, whose own shape function takes bf16 alone.
+
+    Which expert a row goes to is not asked: the rows are as many wherever they go, and so memory
+    does not depend on the route.
+    """
+    if a.dim() == b.dim() == 2:  # the weights' gradient, whole whoever was chosen
+        assert offsets is not None
+        shape = (len(offsets), a.shape[0], b.shape[1])
+    else:
+        shape = (*a.shape[:-1], b.shape[-1])
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
+
+
+STANDINS = {torch.ops.aten._grouped_mm.default: _grouped_product}
 
 
 # ---- activations on the host ------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ GRADIENTS = "gradients"
 BOUNDARIES = "layer boundaries"
 ACTIVATIONS = (*("attention", "MLP", "norms", "LoRA"), BOUNDARIES, "log-probs")
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+_GROUPED, _SCALED = torch.ops.aten._grouped_mm, torch.ops.aten._scaled_mm
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -30,11 +31,14 @@ class MemoryTracker(TorchDispatchMode):
     kinds: live bytes by kind. peaks: by phase, the kinds at the phase's highest moment. flops: of
     products of matrices, attention's left out. A storage is of the kind that is on top of
     `stack` when it is made. `granularity`: sizes are rounded up to it, as a device's allocator
-    does.
+    does. `standins`: what is called in the place of an operation.
     """
 
-    def __init__(self, granularity: int = 1):
+    def __init__(
+        self, granularity: int = 1, standins: Mapping[Any, Callable[..., Tensor]] | None = None
+    ):
         super().__init__()
+        self.standins = standins or {}
         self.granularity = granularity
         self.kinds: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
@@ -68,14 +72,19 @@ class MemoryTracker(TorchDispatchMode):
         self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.standins.get(func, func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._live:
                     self._add(storage, self.stack[-1], self._size(storage))
-        if func._overloadpacket in _PRODUCTS:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        packet = func._overloadpacket
+        if packet in _PRODUCTS:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet is _SCALED:  # of 8 bits, at twice the rate of 16
+            self.flops += args[0].numel() * args[1].shape[-1]
+        elif packet is _GROUPED:  # every row by one matrix
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         return out
 
     def _size(self, storage: torch.UntypedStorage) -> int:

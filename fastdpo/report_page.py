@@ -127,7 +127,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         skipped = run.points("skipped_steps")[1]
         if skipped and skipped[-1]:
             notes.append(f"{run.label}: {skipped[-1]} steps were not finite and were skipped.")
-        planned, measured = run.plan.get("peak_bytes"), run.plan.get("measured_peak_bytes")
+        measured = run.plan.get("measured_peak_bytes")
+        planned = run.plan.get("first_steps_peak_bytes") or run.plan.get("peak_bytes")
         if planned and measured:
             apart = abs(measured - planned) / planned
             word = "above" if measured > planned else "below"

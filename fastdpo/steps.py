@@ -104,6 +104,24 @@ def mean_chosen_length(pairs: TokenizedPairs, pair_ids: np.ndarray) -> float:
     return float(pairs.scored_lengths[pair_ids, 0].mean())
 
 
+def steps_of_epoch(pairs: TokenizedPairs, args: DPOConfig) -> int:
+    """How many steps an epoch has; 0 where the only one is dropped for being short."""
+    full, rest = divmod(len(pairs), args.pairs_per_step)
+    return full + (rest > 0 and not args.dataloader_drop_last)
+
+
+def order_of_epoch(pairs: TokenizedPairs, args: DPOConfig, epoch: int) -> list[np.ndarray]:
+    """The pair ids of each step of `epoch`, those of all ranks."""
+    return step_pair_ids(
+        pairs,
+        pairs_per_step=args.pairs_per_step,
+        epoch=epoch,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        sampling=args.train_sampling_strategy,
+        group_by_prompt=args.group_by_prompt,
+    )[: steps_of_epoch(pairs, args)]
+
+
 class StepPlan:
     """How many steps a run has, and which pairs and packs each of them holds on this rank.
 
@@ -119,8 +137,7 @@ class StepPlan:
         trained: TokenizedPairs | None = None,
     ):
         self.pairs, self.args, self.packer, self.trained = pairs, args, packer, trained
-        full, rest = divmod(len(pairs), args.pairs_per_step)
-        self.steps_per_epoch = full + (rest > 0 and not args.dataloader_drop_last)
+        self.steps_per_epoch = steps_of_epoch(pairs, args)
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"{len(pairs)} pairs are fewer than one step of {args.pairs_per_step}, and "
@@ -136,16 +153,7 @@ class StepPlan:
         return [len(self.packer.plan(self.pairs, ids)) for ids in self._order(epoch)]
 
     def _order(self, epoch: int) -> list[np.ndarray]:
-        """The pair ids of each step of `epoch`."""
-        args = self.args
-        return step_pair_ids(
-            self.pairs,
-            pairs_per_step=args.pairs_per_step,
-            epoch=epoch,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            sampling=args.train_sampling_strategy,
-            group_by_prompt=args.group_by_prompt,
-        )[: self.steps_per_epoch]
+        return order_of_epoch(self.pairs, self.args, epoch)
 
     def steps(self, epoch: int, skip: int) -> Iterator[StepPacks]:
         """The steps of `epoch` from the `skip`-th on; made ahead of time on a GPU."""

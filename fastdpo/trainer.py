@@ -387,7 +387,7 @@ class DPOTrainer(TrainerInterface):
         # What a first step that runs out of memory takes back: see start_over.
         self.before_first_step = self.metrics.sums.clone(), ckpt.rng_state()
         plan = self.run_plan
-        measuring = plan.measuring(self.model, args) if plan else contextlib.nullcontext()
+        measuring = plan.measuring(self) if plan else contextlib.nullcontext()
         progress = tqdm(
             total=self.state.max_steps,
             initial=self.state.global_step,

@@ -55,57 +55,62 @@ def config(tmp_path, **options) -> DPOConfig:
     return DPOConfig(**{**base, **options})
 
 
-class PeakOfStep(TrainerCallback):
-    """The peak of bytes that the second step allocates beyond what is there when it begins, by
+class PeakOfRun(TrainerCallback):
+    """The peak of bytes that all steps allocate beyond what is there when training begins, by
     PyTorch's own profiler: it sees every allocation, those inside kernels too."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self.profile.__enter__()
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            self.profile.__exit__(None, None, None)
-            found: Any = self.profile.profiler
-            events = found.kineto_results.events()
-            events = [e for e in events if e.name() == "[memory]"]
-            sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-            self.peak = max(itertools.accumulate(sizes))
+    def on_train_end(self, args, state, control, **kwargs):
+        self.profile.__exit__(None, None, None)
+        found: Any = self.profile.profiler
+        events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        self.peak = max(itertools.accumulate(sizes))
+
+
+def beyond_weights(prediction: Prediction) -> int:
+    """Bytes at the predicted peak that are not there when training begins."""
+    kept = ("weights", "adapters", "reference")
+    return sum(size for kind, size in prediction.memory.items() if kind not in kept)
+
+
+def run_measured(tmp_path, model, lora: bool, **options: Any) -> tuple[DPOTrainer, int]:
+    """A run of four steps, in two epochs, and its peak beyond weights."""
+    watch = PeakOfRun()
+    trainer = DPOTrainer(
+        model=model,
+        args=config(
+            tmp_path,
+            **{"max_tokens_per_pack": 2000, "gpu_memory": "1TiB", "max_steps": 4, **options},
+        ),
+        train_dataset=some_pairs(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+        callbacks=[watch],
+    )
+    trainer.train()
+    return trainer, watch.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predicted_peak_is_the_measured_one(tmp_path, family, lora, checkpointing):
-    """Within 10 %: beyond weights and states, which are exact, and so in total."""
-    watch = PeakOfStep()
-    trainer = DPOTrainer(
-        model=FAMILIES[family](**SHAPE),
-        args=config(
-            tmp_path,
-            gradient_checkpointing=checkpointing,
-            max_tokens_per_pack=2000,
-            gpu_memory="1TiB",
-        ),
-        train_dataset=some_pairs(),
-        peft_config=LoraConfig(**LORA) if lora else None,
-        callbacks=[watch],
-    )
-    assert trainer.run_plan is not None
+    """Within 10 % over a whole run: beyond weights, which are exact, and so in total."""
+    model = FAMILIES[family](**SHAPE)
+    trainer, peak = run_measured(tmp_path, model, lora, gradient_checkpointing=checkpointing)
+    assert trainer.run_plan is not None and trainer.optimizer is not None
     predicted = trainer.run_plan.prediction
-    trainer.train()
-    assert trainer.optimizer is not None
-    fixed = ("weights", "adapters", "optimizer states", "reference")
-    beyond = sum(size for kind, size in predicted.memory.items() if kind not in fixed)
+    assert abs(beyond_weights(predicted) - peak) <= 0.1 * peak
     states = sum(
         value.nbytes
         for state in trainer.optimizer.state.values()
         for value in state.values()
         if value.dim()
     )
-    assert predicted.memory["optimizer states"] == states
-    assert abs(beyond - watch.peak) <= 0.1 * watch.peak
+    assert predicted.memory["optimizer states"] in (states, 0)  # 0: the peak was in step 1
 
 
 # ---- what is chosen ---------------------------------------------------------------------------
@@ -294,8 +299,9 @@ def test_a_run_writes_its_plan_and_compares_it(tmp_path, caplog):
     assert plan["auto"] == ["max_tokens_per_pack"]
     assert plan["chosen"]["max_tokens_per_pack"] == trainer.args.max_tokens_per_pack
     assert plan["total_bytes"] <= plan["budget_bytes"] == 2**30
-    # The dispatcher sees all but what kernels borrow inside, on the pack that was planned for.
-    assert abs(plan["measured_peak_bytes"] - plan["peak_bytes"]) <= 0.1 * plan["peak_bytes"]
+    # The dispatcher sees all but what kernels borrow inside, on the packs that were planned for.
+    planned = plan["first_steps_peak_bytes"]
+    assert abs(plan["measured_peak_bytes"] - planned) <= 0.1 * planned <= 0.1 * plan["peak_bytes"]
     lines = [
         record.message for record in caplog.records if "at the peak of the first" in record.message
     ]
