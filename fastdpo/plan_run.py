@@ -135,7 +135,8 @@ def spec_of(model: nn.Module) -> TwinSpec:
         return TwinSpec(config, dtype, adapter, bits, nested)
     names = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     everything = len(names) == sum(1 for _ in model.parameters())
-    return TwinSpec(config, dtype, None, bits, nested, None if everything else names)
+    trainable = None if everything else names
+    return TwinSpec(config, dtype, None, bits, nested, trainable=trainable)
 
 
 @dataclass

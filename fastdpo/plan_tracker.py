@@ -72,7 +72,8 @@ class MemoryTracker(TorchDispatchMode):
         self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self.standins.get(func, func)(*args, **(kwargs or {}))
+        run: Callable[..., Any] = self.standins[func] if func in self.standins else func
+        out = run(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
