@@ -82,9 +82,9 @@ class StepInBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer, guard: FiniteGuard):
         self.optimizer, self.guard = optimizer, guard
-        groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        self._group = dict(groups)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p, _ in groups]
+        # By number: a resume gives the optimizer other groups.
+        self._group = {p: n for n, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in self._group]
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -106,7 +106,7 @@ class StepInBackward:
         step: Any = type(self.optimizer).step  # the scheduler counts calls of the instance's own
         assert parameter.grad is not None
         self.guard.judge_gradient(parameter.grad)
-        self.optimizer.param_groups = [{**self._group[parameter], "params": [parameter]}]
+        self.optimizer.param_groups = [{**groups[self._group[parameter]], "params": [parameter]}]
         try:
             self.guard.apply(self.optimizer, functools.partial(step, self.optimizer))
         finally:

@@ -1,9 +1,11 @@
 """`fastdpo export RUN -o FOLDER [--merge] [--dtype T] [--push_to_hub NAME]`: a result to hand on.
 
 Without --merge what the run saved is copied: an adapter stays an adapter. With it, the adapter is
-added to its base's weights in fp32 and rounded once. Nothing is trained.
+added to its base's weights in fp32 and rounded once; a quantized base is unpacked first, so that
+the result is the model that was trained. Nothing is trained.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -107,19 +109,55 @@ def _save_merged(
     from .model import load_pretrained
 
     saved = AutoConfig.from_pretrained(base)
-    quantized = [name for name in ("load_in_4bit", "load_in_8bit") if options.get(name)]
-    if getattr(saved, "quantization_config", None) is not None:
-        quantized = ["its quantization_config"]
-    if quantized:
+    if options.get("base_precision") == "fp8":
         raise ModelError(
-            f"the adapter was trained on a quantized base ({quantized[0]}), and merging it into "
-            "unquantized weights gives another model than was trained; export without --merge and "
-            "load the adapter over the quantized base"
+            "the adapter was trained on a base in 8-bit floats (base_precision: fp8), whose scales "
+            "are the run's own, so nothing is left to merge into; export without --merge"
         )
-    model: Any = load_pretrained(base, torch.device("cpu"), dtype="float32")
+    model = load_quantized(base, options)
+    if model is None and getattr(saved, "quantization_config", None) is None:
+        model = load_pretrained(base, torch.device("cpu"), dtype="float32")
+    elif model is None:
+        model = load_pretrained(base, torch.device("cpu"))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = _dequantized(model)
     model = PeftModel.from_pretrained(model, str(run)).merge_and_unload(safe_merge=True)
     wanted = saved.dtype if dtype in (None, "auto") else getattr(torch, dtype)
     model.to(wanted or torch.float32).save_pretrained(str(output))
+
+
+def load_quantized(base: str, options: dict[str, Any]) -> Any | None:
+    """`base` on the CPU as the run with these `options` quantized it; None where it did not.
+
+    Raises `MissingPackageError` without bitsandbytes.
+    """
+    import torch
+
+    from .model import load_pretrained, quantization_config
+    from .model_config import ModelConfig
+
+    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"model_name_or_path"}
+    of_run = {name: value for name, value in options.items() if name in names}
+    config = ModelConfig(model_name_or_path=base, **of_run)
+    quantization = quantization_config(config)
+    if quantization is None:
+        return None
+    kwargs = {} if config.dtype is None else {"dtype": config.dtype}
+    return load_pretrained(base, torch.device("cpu"), quantization_config=quantization, **kwargs)
+
+
+def _dequantized(model: Any) -> Any:
+    """`model` with the weights that its quantized ones stand for, in fp32: what the adapter was
+    trained on."""
+    import torch
+
+    try:
+        return model.dequantize(dtype=torch.float32).float()
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the base's quantized weights can't be unpacked here: {' '.join(str(error).split())}; "
+            "export without --merge and load the adapter over the quantized base"
+        ) from error
 
 
 def _save_cast(run: Path, output: Path, dtype: str) -> None:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 import fastdpo.model
 from fastdpo import DPOConfig, DPOTrainer, ModelConfig
 from fastdpo.adapters import add_adapter, lora_config
+from fastdpo.config_files import write_yaml
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.export import export
 from fastdpo.model import load_model
 from fastdpo.plan import state_bytes
 from fastdpo.plan_replay import quantized_bytes
@@ -100,6 +103,34 @@ def test_packs_of_a_quantized_base_equal_separate_sequences(tmp_path, folder, bi
         runs.append(losses(trainer))
     # Log-probs of some 100 nat a pair, to fp32's 6e-8 times a few; Adam's first steps enlarge that.
     assert runs[0] == pytest.approx(runs[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested", "8bit", "dora"])
+def test_a_merged_export_is_the_model_that_was_trained(tmp_path, folder, kind):
+    """Over the weights that the quantized ones stand for: those of the base as it is saved give
+    other logits by far."""
+    pytest.importorskip("bitsandbytes")
+    options = {**QUANTIZED[kind], "dtype": "float32"}
+    trainer = trainer_of(tmp_path, folder, options, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    names = {"model_name_or_path": folder, "use_peft": True}
+    write_yaml(tmp_path / "run" / "resolved_config.yaml", {**names, **options})
+    export(tmp_path / "run", tmp_path / "merged", merge=True, dtype="float32")
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert not any(
+        type(module).__module__.startswith("bitsandbytes") for module in merged.modules()
+    )
+    bare: Any = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        trained, ours, base = (
+            m.eval()(input_ids=ids).logits for m in (trainer.model, merged, bare)
+        )
+    # Two layers in fp32, whose products are summed in another order: some tens of roundings.
+    assert float((ours - trained).abs().max()) <= 1e-4 * float(trained.abs().max())
+    assert float((base - trained).abs().max()) >= 1e-2 * float(trained.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested", "8bit"])

@@ -17,7 +17,7 @@ from fastdpo.config_files import write_yaml
 from fastdpo.errors import CheckpointError, ConfigError, DataError
 from fastdpo.model_card import MARK
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
-from tests.tiny_trainer import trainer
+from tests.tiny_trainer import hidden_package, trainer
 
 REAL_API = huggingface_hub.HfApi
 PNG = b"\x89PNG"
@@ -259,9 +259,16 @@ def test_exports_that_are_refused(base, tmp_path, capsys):
     quantized.mkdir()
     for path in lora.glob("adapter*"):
         (quantized / path.name).write_bytes(path.read_bytes())
-    write_yaml(quantized / "resolved_config.yaml", {**config, "load_in_4bit": True})
-    said = error_of(capsys, "export", quantized, "-o", out, "--merge")
-    assert "quantized base (load_in_4bit)" in said and not out.exists()
+    for options, words in (
+        ({"load_in_4bit": True}, "load_in_8bit need bitsandbytes: pip install 'fastdpo[qlora]'"),
+        ({"base_precision": "8bit"}, "need bitsandbytes: pip install 'fastdpo[qlora]'"),
+        ({"base_precision": "fp8"}, "8-bit floats (base_precision: fp8), .* without --merge"),
+    ):
+        write_yaml(quantized / "resolved_config.yaml", {**config, **options})
+        with hidden_package("bitsandbytes"):
+            said = error_of(capsys, "export", quantized, "-o", out, "--merge")
+        assert re.search(words.replace("(", r"\(").replace(")", r"\)").replace("[", r"\["), said)
+        assert not out.exists()
 
 
 # ---- the hub ------------------------------------------------------------------------------------

@@ -153,8 +153,13 @@ def killed_and_resumed(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_bit_for_bit(server, whole, tmp_path, kind):
     rng = random.Random(f"{kind} 1")
-    assert killed_and_resumed(server, tmp_path / "run", kind, rng, kills=1) == 1
-    assert_same_run(tmp_path / "run", whole[kind])
+    for number in range(5):  # on a busy machine a run may end before its turn to be killed
+        folder = tmp_path / str(number)
+        died = killed_and_resumed(server, folder, kind, rng, kills=1)
+        assert_same_run(folder, whole[kind])
+        if died:
+            return
+    raise AssertionError("no kill hit")
 
 
 @pytest.mark.soak
