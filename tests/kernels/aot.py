@@ -28,7 +28,7 @@ from fastdpo_kernels import linear_logps_triton_exact as exact
 from fastdpo_kernels import linear_logps_triton_gemm as gemm
 from fastdpo_kernels import linear_logps_triton_rows as rows
 from fastdpo_kernels import preference_loss_triton as preference
-from fastdpo_kernels import tuning
+from fastdpo_kernels import tiles
 
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {"sm80": 166912, "sm86": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376}
@@ -83,7 +83,7 @@ def gemm_entries(arch: str, scope: str) -> Iterator[Entry]:
     quick: of each table its default row and the one for operands that are not aligned, with the
     epilogue that takes the most registers.
     """
-    for kind, table in tuning.TABLES[arch].items():
+    for kind, table in tiles.TABLES[arch].items():
         unaligned = next(row for row in table if row.loads == "pointer")
         for row in table:
             default = row in (table[0], unaligned)
@@ -105,7 +105,7 @@ def gemm_entries(arch: str, scope: str) -> Iterator[Entry]:
 
 
 def gemm_entry(
-    kind: str, row: tuning.Gemm, use: str, has_bias: bool, softcap: bool, default: bool
+    kind: str, row: tiles.Gemm, use: str, has_bias: bool, softcap: bool, default: bool
 ) -> Entry:
     dtype = "fp32" if kind == "float32" else "bf16"
     constants: dict[str, Any] = {
@@ -144,7 +144,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
         tag = f" {dtype}{' full' if full else ''}"
         yield Entry(
             "epilogue alone" + tag, gemm._exp_tile_kernel,
-            {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": tuning.LIBRARY.block_v, "STATS": full}
+            {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": tiles.LIBRARY.block_v, "STATS": full}
             | {"row_scale_ptr": None} | flags | no_bias, gemm.TILE_WARPS, dtype=dtype,
         )  # fmt: skip
         yield Entry(

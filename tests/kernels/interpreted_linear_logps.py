@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from fastdpo_kernels import linear_logps_triton as driver
-from fastdpo_kernels import tuning
+from fastdpo_kernels import tiles
 from fastdpo_kernels.linear_logps import linear_logps
-from fastdpo_kernels.tuning import Gemm, Variant
+from fastdpo_kernels.tiles import Gemm, Variant
 from tests.kernels.interpreter import patch_once
 from tests.numerics import (
     Head,
@@ -79,7 +79,7 @@ def use(monkeypatch):
     """Sets the variant that the driver takes."""
 
     def set_variant(variant: Variant) -> None:
-        monkeypatch.setattr(tuning, "default_variant", lambda problem, device: variant)
+        monkeypatch.setattr(tiles, "default_variant", lambda problem, device: variant)
 
     return set_variant
 
@@ -263,7 +263,7 @@ def test_columns_far_apart(which, flag_all):
 
 
 def test_misaligned_rows_leave_the_descriptors(use, monkeypatch):
-    monkeypatch.setitem(tuning.TABLES["interpreter"], "half", (VARIANTS["persistent"].gemm, TILE))
+    monkeypatch.setitem(tiles.TABLES["interpreter"], "half", (VARIANTS["persistent"].gemm, TILE))
     head = peaked_head(20, 33, 100, dtype=torch.float16)
     odd = Head(head.hidden[:, 1:], head.weight[:, 1:], head.targets, None, head.grad)
     assert not driver.describable(odd.hidden)

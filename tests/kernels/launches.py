@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import preference_loss_triton as preference
-from fastdpo_kernels import tuning
+from fastdpo_kernels import tiles
 from fastdpo_kernels.linear_logps_triton_gemm import Logits
 
 
@@ -56,7 +56,7 @@ def stop_before_launch(context: dict) -> None:
 
 
 def forward_and_backward(
-    device: tuning.Device,
+    device: tiles.Device,
     dtype: torch.dtype,
     n: int,
     *,
@@ -80,9 +80,9 @@ def forward_and_backward(
     driver.run_weight_grad(job, saved, torch.ones(n), full, planned(job, "weight"))
 
 
-def planned(job: driver._Job, work: str) -> tuning.Plan:
+def planned(job: driver._Job, work: str) -> tiles.Plan:
     problem = driver._problem(job, work, 2**28)
-    return tuning.plan(problem, tuning.default_variant(problem, job.device), job.device)
+    return tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     triton_driver.set_active(AbsentGPU(options.arch))  # pyright: ignore[reportArgumentType]
     context: dict = {}
     stop_before_launch(context)
-    device = tuning.Device("absent", options.arch, 132, 8e14, 4e12)
+    device = tiles.Device("absent", options.arch, 132, 8e14, 4e12)
     for name in options.dtype:
         dtype = getattr(torch, name)
         for n in (300, 304, 1):

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from fastdpo_kernels import linear_logps, tuning
+from fastdpo_kernels import linear_logps, tiles, tuning
 from fastdpo_kernels.impls import STATS
-from fastdpo_kernels.tuning import Variant
+from fastdpo_kernels.tiles import Variant
 from tests import numerics
 from tests.numerics import Head, far_head, flat_head, negative_head, peaked_head, run
 
@@ -78,9 +78,9 @@ def test_inputs_that_broke_others(name, impl, dtype):
 
 def rows_of(kind: str) -> list[Variant]:
     """What the selector may choose from on this device."""
-    device = tuning.describe(torch.cuda.current_device())
-    every = [Variant(gemm) for gemm in tuning.TABLES[device.arch][kind]]
-    return [*every, Variant(tuning.LIBRARY, library=True), Variant(every[0].gemm, split=False)]
+    device = tiles.describe(torch.cuda.current_device())
+    every = [Variant(gemm) for gemm in tiles.TABLES[device.arch][kind]]
+    return [*every, Variant(tiles.LIBRARY, library=True), Variant(every[0].gemm, split=False)]
 
 
 @pytest.mark.parametrize("kind", ["half", "rich", "stats", "float32"])
@@ -89,7 +89,7 @@ def test_every_row_of_the_table(kind, monkeypatch):
     head = on_gpu(peaked_head(300, 192, 2056, dtype=DTYPES[dtype], bias=kind == "rich"))
     transform = FULL if kind == "rich" else {}
     for variant in rows_of(kind):
-        monkeypatch.setattr(tuning, "default_variant", lambda *_, chosen=variant: chosen)
+        monkeypatch.setattr(tiles, "default_variant", lambda *_, chosen=variant: chosen)
         op = functools.partial(linear_logps, impl="triton")
         stats = STATS if kind == "stats" else ()
         got = run(op, head, stats=stats, **transform)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastdpo_kernels import tuning
-from fastdpo_kernels.tuning import Device, Gemm, Problem, Variant
+from fastdpo_kernels import tiles, tuning
+from fastdpo_kernels.tiles import Device, Gemm, Problem, Variant
 
 H200 = Device("H200", "sm90", 132, 6.5e12 * 132, 3.8e12)
 A100 = Device("A100", "sm80", 108, 2.9e12 * 108, 1.8e12)
@@ -28,8 +28,8 @@ def problem(**changes) -> Problem:
 
 
 def planned(task: Problem, device: Device = H200, variant: Variant | None = None):
-    variant = variant or tuning.default_variant(task, device)
-    return tuning.plan(task, variant, device)
+    variant = variant or tiles.default_variant(task, device)
+    return tiles.plan(task, variant, device)
 
 
 SHAPES = [(896, 151936), (2048, 128256), (4096, 128256), (2304, 262144), (4097, 50257), (64, 33)]
@@ -47,7 +47,7 @@ def test_every_plan_fits_its_workspace(work, workspace):
             task = problem(
                 work=work, n=n, d=d, v=v, fields=fields, float32=float32, workspace=workspace
             )
-            gemm = tuning.table(task, H200)[0]
+            gemm = tiles.table(task, H200)[0]
             plan = planned(task, variant=Variant(gemm, library=library, split=split))
             assert split or plan.splits == 1
             assert plan.bytes + 64 * n <= workspace
@@ -60,7 +60,7 @@ def test_every_plan_fits_its_workspace(work, workspace):
 def overhead(task: Problem) -> float:
     """The plan's roofline over that of two bare GEMMs."""
     plan = planned(task)
-    seconds = tuning.roofline(task, plan.variant, H200, plan.rows, plan.cols, plan.splits)
+    seconds = tiles.roofline(task, plan.variant, H200, plan.rows, plan.cols, plan.splits)
     return seconds / (4 * task.n * task.d * task.v / H200.flops)
 
 
@@ -82,10 +82,10 @@ def test_kept_exponentials_count_as_workspace():
     task = problem(kept=True, workspace=256 * MIB)
     with pytest.raises(ValueError, match="workspace_bytes=268435456 .* take"):
         planned(task)
-    room = tuning.kept_bytes(task) + 256 * MIB
+    room = tiles.kept_bytes(task) + 256 * MIB
     plan = planned(dataclasses.replace(task, workspace=room))
-    assert tuning.kept_bytes(task) == 2 * 4096 * 128256
-    assert plan.bytes + tuning.kept_bytes(task) <= room
+    assert tiles.kept_bytes(task) == 2 * 4096 * 128256
+    assert plan.bytes + tiles.kept_bytes(task) <= room
     assert plan.cols == 128256  # E is there already: nothing to chunk for
 
 
@@ -94,20 +94,20 @@ def test_few_rows_split_the_second_gemm():
     assert planned(problem(n=32768)).splits == 1
     assert planned(problem(n=512, d=896, work="sums")).splits == 1
     gain = dataclasses.replace(problem(n=512, d=896))
-    whole = planned(gain, variant=Variant(tuning.table(gain, H200)[0], split=False))
+    whole = planned(gain, variant=Variant(tiles.table(gain, H200)[0], split=False))
     split = planned(gain)
     costs = [
-        tuning.roofline(gain, p.variant, H200, p.rows, p.cols, p.splits) for p in (whole, split)
+        tiles.roofline(gain, p.variant, H200, p.rows, p.cols, p.splits) for p in (whole, split)
     ]
     assert costs[1] < 0.8 * costs[0]
 
 
 def test_tables_by_operands():
-    assert tuning.default_variant(problem(), H200).gemm.loads == "persistent"
-    assert tuning.default_variant(problem(aligned=False), H200).gemm.loads == "pointer"
-    assert tuning.default_variant(problem(), A100).gemm.loads == "pointer"
-    assert tuning.default_variant(problem(float32=True), H200).library
-    for arch, tables in tuning.TABLES.items():
+    assert tiles.default_variant(problem(), H200).gemm.loads == "persistent"
+    assert tiles.default_variant(problem(aligned=False), H200).gemm.loads == "pointer"
+    assert tiles.default_variant(problem(), A100).gemm.loads == "pointer"
+    assert tiles.default_variant(problem(float32=True), H200).library
+    for arch, tables in tiles.TABLES.items():
         assert tables.keys() == {"half", "rich", "stats", "float32"}, arch
         assert all(any(g.loads == "pointer" for g in rows) for rows in tables.values()), arch
 
@@ -151,13 +151,13 @@ def timer(monkeypatch, seconds):
 
 
 def test_the_fastest_is_chosen_once_and_kept(fresh, monkeypatch):
-    second = tuning.table(problem(), H200)[1]
+    second = tiles.table(problem(), H200)[1]
     timed = timer(monkeypatch, lambda v: 1.0 if v.gemm == second and v.share == 0.5 else 2.0)
     best = tuning.choose(problem(), H200, lambda plan: None, measure=True).variant
     # tiles first, each with the whole workspace; then the share, on the best of them
     assert best.gemm != second or best.share == 0.5
     count = len(timed)
-    assert count >= 5 and timed[0] == tuning.default_variant(problem(), H200)
+    assert count >= 5 and timed[0] == tiles.default_variant(problem(), H200)
     tuning.choose(problem(n=4000), H200, lambda plan: None, measure=True)
     assert len(timed) == count, "the same bucket of N is not measured again"
     monkeypatch.setattr(tuning, "_chosen", {})
@@ -172,7 +172,7 @@ def test_the_fastest_is_chosen_once_and_kept(fresh, monkeypatch):
 def test_without_measuring_the_first_row_is_taken(fresh, monkeypatch):
     timed = timer(monkeypatch, lambda v: 1.0)
     plan = tuning.choose(problem(), H200, lambda plan: None, measure=False)
-    assert plan.variant == tuning.default_variant(problem(), H200)
+    assert plan.variant == tiles.default_variant(problem(), H200)
     assert not timed and not list(fresh.iterdir())
 
 
@@ -209,7 +209,7 @@ def test_a_variant_that_cannot_run_is_passed_over(fresh, caplog, error):
         raise error
 
     with caplog.at_level(logging.INFO, "fastdpo_kernels"):
-        seconds = tuning._time(problem(), tuning.default_variant(problem(), H200), H200, run)
+        seconds = tuning._time(problem(), tiles.default_variant(problem(), H200), H200, run)
     assert seconds == float("inf")
     assert "cannot run here" in caplog.text
 
@@ -240,10 +240,10 @@ def test_a_choice_that_does_not_fit_falls_back(fresh, monkeypatch):
     """Measured at one N of a bucket; at another the same variant may not fit."""
     hungry = Variant(Gemm(128, 128, 32, 4, 4), library=True)
     monkeypatch.setattr(tuning, "_measure", lambda *args: hungry)
-    monkeypatch.setattr(tuning, "plan", refuse(tuning.plan, hungry))
+    monkeypatch.setattr(tiles, "plan", refuse(tiles.plan, hungry))
     task = problem()
     plan = tuning.choose(task, H200, lambda plan: None, measure=True)
-    assert plan.variant == tuning.default_variant(task, H200)
+    assert plan.variant == tiles.default_variant(task, H200)
 
 
 def refuse(inner, variant):

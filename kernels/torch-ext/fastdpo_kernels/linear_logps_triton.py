@@ -6,7 +6,7 @@ pass (GEMMs: 1 without gradient, 2 for a frozen head). For dW either E is kept, 
 (3), or it is computed again chunk by chunk (4). The second GEMMs are the library's (cuBLAS).
 16-bit inputs: E is bf16 (it spans fp32's range, fp16's does not) and meets bf16 operands: fp16
 weights are rounded to bf16 for the gradients, chunk by chunk. fp32 inputs: all fp32, never TF32.
-Callers have checked the arguments; `tuning.py` sizes the chunks.
+Callers have checked the arguments; `tiles.py` sizes the chunks.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import tiles, tuning
 from .impls import ForwardResult, TokenStats
 from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
 from .linear_logps_triton_gemm import Logits, Matrix, describable, exp_gemm, exp_tile
@@ -29,7 +29,7 @@ from .linear_logps_triton_rows import (
     row_sums,
     target_logits,
 )
-from .tuning import Plan, Problem
+from .tiles import Plan, Problem
 
 _PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_gemm
 
@@ -47,7 +47,7 @@ class _Job:
     stats: tuple[str, ...]
     need_hidden_grad: bool
     kept: bool
-    device: tuning.Device
+    device: tiles.Device
 
     @property
     def n(self) -> int:
@@ -161,13 +161,13 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
     grad = torch.empty(n, d, dtype=job.rounded, device=device) if job.need_hidden_grad else None
     kept = None
     if job.kept:
-        kept = torch.empty(n, tuning.round_up(v, 8), dtype=job.e_dtype, device=device)
+        kept = torch.empty(n, tiles.round_up(v, 8), dtype=job.e_dtype, device=device)
     stats = _empty_stats(n, device) if job.stats else None
 
     targets = targets.contiguous()
     space = _Space(plan.bytes, device)
-    tiles = -(-v // plan.variant.gemm.block_v)
-    splits = splits_of(tiles)
+    n_tiles = -(-v // plan.variant.gemm.block_v)
+    splits = splits_of(n_tiles)
     for r0, r1 in _spans(n, plan.rows):
         space.clear()
         rows = slice(r0, r1)
@@ -176,8 +176,8 @@ def run_forward(job: _Job, targets: Tensor, ignore_index: int, plan: Plan) -> Fo
             h, matrix, targets[rows], target[rows], z[rows],
             ignore_index=ignore_index, logits=job.logits,
         )  # fmt: skip
-        room = space.take((max(job.fields * tiles, FIELDS * splits) * (r1 - r0),), torch.float32)
-        partial = room[: job.fields * tiles * (r1 - r0)].view(job.fields, tiles, r1 - r0)
+        room = space.take((max(job.fields * n_tiles, FIELDS * splits) * (r1 - r0),), torch.float32)
+        partial = room[: job.fields * n_tiles * (r1 - r0)].view(job.fields, n_tiles, r1 - r0)
         product = None
         if grad is not None:
             product = space.take((plan.splits, r1 - r0, d), torch.float32)
@@ -229,7 +229,7 @@ def run_weight_grad(
     db = torch.zeros(v, device=hidden.device) if bias is not None and need_bias_grad else None
     direct = plan.rows >= n and dw.dtype in (job.e_dtype, torch.float32)
     space = _Space(plan.bytes, hidden.device)
-    tiles = -(-v // plan.variant.gemm.block_v)
+    n_tiles = -(-v // plan.variant.gemm.block_v)
     for c0, c1 in _spans(v, plan.cols):
         space.clear()
         out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
@@ -251,7 +251,7 @@ def run_weight_grad(
                 h = _operand(hidden[rows], job.rounded, space)
                 e = _exponentials(
                     job, plan, space, h, w, None, row[rows], target[rows], factor, None, c0,
-                    store=True, n_tiles=tiles,
+                    store=True, n_tiles=n_tiles,
                 )  # fmt: skip
                 assert e is not None
             multiply(out, e.mT, h2, add=r0 > 0)
@@ -287,7 +287,7 @@ def _exponentials(
     """E [n, c] of `h` [n, D] against `w` [c, D], into `e` if given, else into the workspace if it
     is to be stored; its sums go to `partial`."""
     n, c = h.shape[0], w.shape[0]
-    wide = tuning.round_up(c, 8)
+    wide = tiles.round_up(c, 8)
     if partial is not None:
         n_tiles = partial.shape[1]
     shared = {"first_col": first_col, "n_tiles": n_tiles, "logits": job.logits}
@@ -365,7 +365,7 @@ class _Space:
         self.used = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        start = tuning.round_up(self.used, 256)
+        start = tiles.round_up(self.used, 256)
         count = 1
         for size in shape:
             count *= size
@@ -447,14 +447,14 @@ def _can_keep(job: _Job, work: str, workspace: int) -> bool:
     for each in (work, "weight"):
         problem = _problem(job, each, workspace)
         try:
-            tuning.plan(problem, tuning.default_variant(problem, job.device), job.device)
+            tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
         except ValueError:
             return False
     return True
 
 
-def _device(tensor: Tensor) -> tuning.Device:
-    return tuning.describe(tensor.device.index if tensor.is_cuda else None)
+def _device(tensor: Tensor) -> tiles.Device:
+    return tiles.describe(tensor.device.index if tensor.is_cuda else None)
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import Gemm
+from .tiles import Gemm
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
