@@ -131,7 +131,9 @@ class Siblings:
         for layer in self.layers:
             layer._fastdpo_siblings, layer._fastdpo_place = Siblings([layer]), 0
         self.x, self.outputs = None, {}
-        logger.info("LoRA: %d layers do not share their input, each computes alone", self.missed)
+        logger.info(
+            "LoRA: %d layers do not share their input, each computes alone", len(self.layers)
+        )
 
 
 # ---- the forward ---------------------------------------------------------------------------------

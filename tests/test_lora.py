@@ -227,6 +227,36 @@ def test_under_autocast_it_is_as_exact_as_peft() -> None:
     assert all(v.dtype == torch.float32 for n, v in found.items() if ".lora_" in n)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_is_as_exact_as_peft_and_repeatable() -> None:
+    """bf16 weights and activations under autocast, fp32 adapters: as runs have them."""
+    torch.manual_seed(0)
+    model = block(torch.bfloat16).cuda()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    x = torch.randn(4096, N_IN, device="cuda", dtype=torch.bfloat16)
+
+    def run(one: Any, x: torch.Tensor, bf16: bool) -> dict[str, torch.Tensor]:
+        one.zero_grad()
+        x = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            y = one(x)
+        (y * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
+        grads = {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}
+        assert x.grad is not None
+        return {"y": y.detach(), "x": x.grad, **grads}
+
+    ours = lean(model)
+    exact = run(copy.deepcopy(model).double(), x.double(), False)
+    theirs, found, again = run(model, x, True), run(ours, x, True), run(ours, x, True)
+    for name, value in exact.items():
+        assert found[name].dtype == theirs[name].dtype and torch.equal(found[name], again[name])
+        error = float((found[name].double() - value).norm())
+        assert error <= 1.2 * float((theirs[name].double() - value).norm()), name
+
+
 # ---- what it costs -------------------------------------------------------------------------------
 
 
