@@ -1,7 +1,7 @@
 """Whole trainers under one roof: fastdpo, TRL and Unsloth, built and run as their users do it.
 
 Each gets the same model, pairs, order, optimizer and number of steps. "-best" is each with the
-reference precomputed and activations kept; TRL's also sorts by length and takes one large batch,
+reference precomputed and activations kept; TRL's also sorts by length and takes large batches,
 flash-attention and Liger's layers where they can be had. An absent peer is named, not faked, and so
 is what a peer lacks of its best.
 """
@@ -183,10 +183,11 @@ def settings(trainer: str, pairs_per_step: int) -> list[dict[str, Any]]:
     """What to try one after the other while memory runs out: the fields of `Job` to replace."""
     if trainer != "trl-best":
         return [{}]
+    quarter, less = max(pairs_per_step // 4, 1), max(pairs_per_step // 16, 1)
     return [
-        {"micro_batch": pairs_per_step, "gradient_checkpointing": False},
-        {"micro_batch": max(pairs_per_step // 4, 1), "gradient_checkpointing": False},
-        {"micro_batch": pairs_per_step, "gradient_checkpointing": True},
+        {"micro_batch": quarter, "gradient_checkpointing": False},
+        {"micro_batch": less, "gradient_checkpointing": False},
+        {"micro_batch": quarter, "gradient_checkpointing": True},
     ]
 
 

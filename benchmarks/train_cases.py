@@ -53,7 +53,8 @@ FIRST = (
     ("3B", "lora", "hh"),
     ("1B", "lora", "long"),
 )
-STEPS = {"0.5B": 12, "1B": 12, "3B": 8, "8B": 6}
+STEPS = {"0.5B": 6, "1B": 6, "3B": 4, "8B": 3}
+PAIRS = {"hh": 64, "ultrafeedback": 32, "long": 8}  # a step: 14k, 27k and 33k necessary tokens
 
 
 def gpu_cases() -> list[Case]:
@@ -63,13 +64,10 @@ def gpu_cases() -> list[Case]:
 
 
 def _gpu_case(shape: str, tuning: str, lengths: str) -> Case:
-    long = lengths == "long"
-    steps = STEPS[shape] if lengths == "hh" else STEPS[shape] * 2 // 3
     # What compiling the layers is worth: where the bars are alone, since it takes its time.
     trainers = (*TRAINERS, "fastdpo-uncompiled") if (tuning, lengths) == FIRST[0][1:] else TRAINERS
-    return Case(
-        shape, tuning, lengths, 8 if long else 16, steps, trainers, 8192 if long else 2048
-    )  # fmt: skip
+    max_length = 8192 if lengths == "long" else 2048
+    return Case(shape, tuning, lengths, PAIRS[lengths], STEPS[shape], trainers, max_length)
 
 
 CPU_CASES = (

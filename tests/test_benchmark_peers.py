@@ -61,8 +61,8 @@ def test_trl_at_its_best_gives_way_to_memory(monkeypatch):
     monkeypatch.setattr(peers, "run", run)
     case = Case("tiny", "lora", "hh", 16, 1, ("trl-best",), max_length=64)
     found = Bench(case, CPU).measure("trl-best")
-    assert tried == [(16, False), (4, False), (16, True)]
-    assert found["settings"] == {"micro_batch": 16, "gradient_checkpointing": True}
+    assert tried == [(4, False), (1, False), (4, True)]
+    assert found["settings"] == {"micro_batch": 4, "gradient_checkpointing": True}
     row = {"case": case.name, "trainer": "trl-best", **found}
     assert "activations recomputed to fit" in bench_train_step.without_lines([row])[-1]
 
