@@ -35,8 +35,12 @@ def evaluate_pairs(
     packer: Packer,
     args: DPOConfig,
     prefix: str,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Means over `pairs`, `prefix`_loss and so on; `score` is the policy's, in eval mode."""
+    """Means over `pairs`, `prefix`_loss and so on; `score` is the policy's, in eval mode.
+
+    after_batch: called after every batch of `per_device_eval_batch_size` pairs a rank.
+    """
     batch = args.per_device_eval_batch_size * args.world_size
     mean_length = mean_chosen_length(pairs, np.arange(len(pairs)))
     started = time.perf_counter()
@@ -57,6 +61,7 @@ def evaluate_pairs(
             for scored, loss in zip(waiting, losses, strict=True):
                 metrics.add(loss, scored.pack, scored.stats)
             waiting.clear()
+        after_batch()
     seconds = time.perf_counter() - started
     logs = {f"{prefix}_{key}": value for key, value in metrics.read().items()}
     logs[f"{prefix}_runtime"] = seconds

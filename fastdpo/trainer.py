@@ -244,11 +244,13 @@ class DPOTrainer(TrainerInterface):
         if needs_whole_step and len(step.packs) != 1:
             self._backward_in_two_passes(step, references)
         else:
-            for pack, reference in zip(step.packs, references, strict=True):
+            for number, (pack, reference) in enumerate(zip(step.packs, references, strict=True), 1):
                 scored, output = self._score(pack, reference)
                 (loss,) = self.objective([scored], step.mean_chosen_length, grad=True)
                 self._count(scored, loss)
                 self._backward(output, loss, step, self._router_grad([output], step))
+                if number < len(step.packs):
+                    self.control = self._event("on_substep_end")
         self._check_first_step = False
         self.gradients.finish()
         sum_gradients_over_ranks(self.trainable)

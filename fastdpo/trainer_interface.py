@@ -128,6 +128,7 @@ class TrainerInterface:
                     packer=self.packer,
                     args=self.args,
                     prefix=f"{prefix}_{key}" if key else prefix,
+                    after_batch=functools.partial(self._event, "on_prediction_step"),
                 )
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
