@@ -75,13 +75,6 @@ def usable_backends(
     return [name]
 
 
-def resolve_backend(
-    name: str | None, *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
-) -> str:
-    """`name` if it can run here, or the best that can; errors as in `usable_backends`."""
-    return usable_backends(name, device=device, dtype=dtype, config=config)[0]
-
-
 # ---- how fast: only kernels that need no compiling are timed here; the others come last -------
 
 

@@ -11,6 +11,10 @@ from .option_names import settle
 from .options import AUTO, Count, Share, check_fields, checked_init, option
 
 BASE_PRECISIONS = ("auto", "bf16", "8bit", "4bit", "fp8")
+ATTENTION_HELP = (
+    "varlen_attn, flash_attention_2, _3 or _4, flex_attention, sdpa; by default the first that "
+    "gives this model's numbers here, the fastest first."
+)
 ADAPTER_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "use_rslora", "use_dora",
@@ -31,11 +35,7 @@ class ModelConfig:
         ("auto", "bfloat16", "float16", "float32"),
     )
     trust_remote_code: bool = option(False, "Run the Python code that the model ships with.")
-    attn_implementation: str | None = option(
-        None,
-        "varlen_attn, flash_attention_2, _3 or _4, flex_attention, sdpa; by default the first that "
-        "gives this model's numbers here, the fastest first.",
-    )
+    attn_implementation: str | None = option(None, ATTENTION_HELP)
     use_peft: bool = option(False, "Train a LoRA adapter instead of the whole model.")
     lora_r: Count = option(16, "Rank of the adapter.")
     lora_alpha: Count = option(32, "Scale of the adapter: alpha / r.")

@@ -31,7 +31,7 @@ from .errors import ConfigError, ModelError, did_you_mean
 from .model import base_model, disable_dropout, is_quantized
 from .switches import Switch
 
-PackForward = Callable[[nn.Module, Pack], torch.Tensor]  # (model, pack) -> token_logps [N]
+Forward = Callable[[nn.Module, Pack], torch.Tensor]  # (model, pack) -> token_logps [N]
 
 
 class Reference(Protocol):
@@ -57,7 +57,7 @@ class LiveReference(Reference, Protocol):
 class AdapterReference:
     """The policy's own base model, with its adapters off (`adapter` None) or under `adapter`."""
 
-    forward: PackForward
+    forward: Forward
     model: PeftModel
     adapter: str | None
     equals_initial_policy: bool
@@ -86,7 +86,7 @@ class ModelReference:
     """A model: a frozen copy of the initial policy, the user's `ref_model`, or the policy itself
     while it is still untrained (to precompute from)."""
 
-    forward: PackForward
+    forward: Forward
     model: nn.Module
     equals_initial_policy: bool
     name: str = "model"
@@ -224,7 +224,7 @@ def _named_adapter(kind: str, trained: str, others: list[str]) -> str:
 def make_reference(
     kind: str,
     *,
-    forward: PackForward,
+    forward: Forward,
     model: PreTrainedModel | PeftModel,
     ref_model: PreTrainedModel | PeftModel | None,
     for_precompute: bool,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from .data_formats import DATASET_FORMATS
 from .loss_specs import F_DIVERGENCES, LOSSES
-from .model_config import BASE_PRECISIONS
+from .model_config import ATTENTION_HELP, BASE_PRECISIONS
 from .option_names import settle
 from .options import (
     AUTO,
@@ -171,11 +171,7 @@ class TrainingOptions:
         ("auto", "shared", "unshared", "padded"),
     )
     group_by_prompt: bool = option(False, "Keep pairs of one prompt in one step.")
-    attn_implementation: str | None = option(
-        None,
-        "varlen_attn, flash_attention_2, _3 or _4, flex_attention, sdpa; by default the first that "
-        "gives this model's numbers here, the fastest first.",
-    )
+    attn_implementation: str | None = option(None, ATTENTION_HELP)
 
     # Steps
     per_device_train_batch_size: Count = option(
