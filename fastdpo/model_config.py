@@ -16,8 +16,8 @@ ATTENTION_HELP = (
     "gives this model's numbers here, the fastest first."
 )
 ADAPTER_OPTIONS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
-    "use_rslora", "use_dora",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers_to_transform",
+    "lora_modules_to_save", "use_rslora", "use_dora",
 )  # fmt: skip
 FOUR_BIT_OPTIONS = ("bnb_4bit_quant_type", "use_bnb_nested_quant")
 

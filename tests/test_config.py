@@ -396,6 +396,10 @@ def test_missing_files(tmp_path):
     ("options", "message"),
     [
         ({"lora_r": 4}, "'lora_r' has no effect without 'use_peft'"),
+        (
+            {"lora_layers_to_transform": [0]},
+            "'lora_layers_to_transform' has no effect without 'use_peft'",
+        ),
         ({"use_dora": True, "lora_alpha": 8}, "leave lora_alpha, use_dora out"),
         ({"use_bnb_nested_quant": True}, "'use_bnb_nested_quant' has no effect without 'load_in_4"),
     ],
