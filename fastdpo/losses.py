@@ -184,9 +184,12 @@ def apo_down(logps: PairLogps, *, beta: float) -> Tensor:
 
 
 def discopop(logps: PairLogps, *, beta: float, discopop_tau: float) -> Tensor:
+    """(1 - s(x / tau)) * -log s(x) + s(x / tau) * exp(-x), x = r_w - r_l: DiscoPOP, arXiv
+    2406.08414 eq. 5."""
     margins = beta * logps.margins
-    share = torch.sigmoid(margins / discopop_tau)
-    return (1 - share) * -F.logsigmoid(margins) + share * torch.exp(-margins)
+    # One exponential: a share of 0 times exp(-margins) = inf would be no number.
+    exponential = torch.exp(F.logsigmoid(margins / discopop_tau) - margins)
+    return torch.sigmoid(-margins / discopop_tau) * -F.logsigmoid(margins) + exponential
 
 
 def sft(logps: PairLogps, *, beta: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from fastdpo import DPOTrainer
 from fastdpo.data import tokenize_pairs
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.losses import REGISTRY, PairLogps
+from fastdpo.losses import REGISTRY, PairLogps, f_scores
 from fastdpo.objective import Objective
 from fastdpo.users_losses import load_losses
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
@@ -35,6 +35,22 @@ def test_orpo_stays_finite_where_a_response_is_certain():
     )
     losses.sum().backward()
     assert losses.isfinite().all() and logps.grad is not None and logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_discopop_stays_finite_where_chosen_became_unlikely(divergence):
+    """A few nat suffice: forward_kl's score is 1 - exp(-log-ratio). TRL 1.16 gives no number."""
+    policy = torch.tensor([-12.0, -60.0], dtype=torch.float64, requires_grad=True)
+    score = f_scores(policy, divergence, 0.5)
+    zeros, ones = torch.zeros_like(policy), torch.ones_like(policy)
+    logps = PairLogps(score, zeros, zeros, zeros, ones, ones, -policy, ones[0])
+    losses = REGISTRY["discopop"].fn(logps, beta=5.0, discopop_tau=0.05)
+    # The share of the exponential is 0, and -log sigmoid(x) is -x.
+    assert losses.tolist() == pytest.approx((-5 * score).tolist(), rel=1e-12)
+    assert float(losses[0].detach()) > 750  # exp of it is inf
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    (slope,) = torch.autograd.grad(-5 * f_scores(policy, divergence, 0.5).sum(), policy)
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=0)
 
 
 USERS = """
