@@ -59,7 +59,13 @@ def _load_users(name: str) -> PreferenceLoss:
 
 def _parameters(name: str, fn: Callable) -> tuple[str, ...]:
     """Which of the loss options a user's function takes."""
-    first, *others = inspect.signature(fn).parameters.values()
+    try:
+        first, *others = inspect.signature(fn).parameters.values()
+    except ValueError as error:  # a builtin shows no signature; a function may take nothing
+        raise ConfigError(
+            f"loss_type {name!r} is no function of log-probs: a loss is called as "
+            "fn(logps, beta=…); wrap it in one"
+        ) from error
     for parameter in others:
         given = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         if parameter.default is parameter.empty and (not given or parameter.name not in OPTIONS):

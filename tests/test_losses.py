@@ -80,6 +80,9 @@ def fails(logps, *, beta):
 def partly(logps, *, beta):  # no number where chosen is not the likelier one
     return -logps.margins.log()
 
+def nothing():
+    return 0
+
 lost = PreferenceLoss(mine, LossSpec("mine", reference_free=True))
 whole = PreferenceLoss(coupled, LossSpec("mine", scope="step"))
 free = PreferenceLoss(lambda logps, beta: -beta * logps.policy_chosen_logps,
@@ -117,6 +120,7 @@ def test_a_users_loss_is_used_the_same_way(tmp_path, users):
         ("number", ["int", "not a function"]),
         ("fails", ["made-up pairs", "AttributeError", "no_such_logps"]),
         ("lost", ["without a reference", "no loss of this run reads a reference"]),
+        ("nothing", ["no function of log-probs", "fn(logps, beta=…)"]),
         ("min", ["no 'min'", "did you mean 'mine'"]),
     ],
 )
@@ -124,6 +128,8 @@ def test_a_users_loss_that_would_not_do(users, name, parts):
     with pytest.raises(ConfigError) as caught:
         load_losses([f"users_losses:{name}"])
     assert all(part in str(caught.value) for part in parts), caught.value
+    with pytest.raises(ConfigError, match="'torch:add' is no function of log-probs.*wrap it"):
+        load_losses(["torch:add"])
     with pytest.raises(ConfigError, match="can't import 'no_such_module'"):
         load_losses(["no_such_module:x"])
 
