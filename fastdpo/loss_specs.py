@@ -17,14 +17,14 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 class LossSpec:
     """What a loss is defined for.
 
-    source: paper and equation, of the arXiv version named where versions count differently. What
-        stands there without a number is written out in the function's docstring.
+    source: paper and equation, of the arXiv version named where versions count differently. The
+        function's docstring cites the same, and writes out what has no number there.
     scope: "pair", a pair's loss depends on that pair alone; "step", on all pairs of the step.
     reference_free: it never reads the reference.
     parameters: the options it takes beside beta.
     f_divergence: its margin is one of scores f'(policy / reference), so any f-divergence goes in.
-    logps: it reads summed log-probs, which LD-DPO may weigh by the other response's length; False
-        for per-token means, odds and single responses.
+    logps: it reads log-ratios of summed log-probs, which LD-DPO may weigh by the other response's
+        length; False for losses of the policy alone and of single responses.
     weighting: WPO's weights apply: it is a sum of losses of pairs of responses.
     flips: the loss of a pair with its responses swapped has a meaning (soft labels).
     margin: a score margin may be subtracted from its beta * (chosen - rejected).

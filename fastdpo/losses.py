@@ -1,7 +1,8 @@
 """Preference losses: small pure functions of the log-probs of pairs, registered by name.
 
-A loss takes `PairLogps` and floats and returns losses [P]; which options it takes and what it may
-be combined with stands in loss_specs.py, under the same name, with paper and equation. How losses
+A loss takes `PairLogps` and floats and returns losses [P]. Its docstring cites paper and equation;
+which options it takes and what it may be combined with stands in loss_specs.py, under the same
+name. s is the logistic function, w and l are chosen and rejected, r = beta * log-ratio. How losses
 are mixed, weighted and brought back to tokens is objective.py's work; a user's own are found by
 users_losses.py. sigmoid, hinge and ipo without extras run fused (fastdpo_kernels.preference_loss).
 """
@@ -103,22 +104,28 @@ def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
 
 
 def sigmoid(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log s(r_w - r_l): DPO, arXiv 2305.18290 eq. 7. With label smoothing e it is cDPO (Mitchell,
+    2023) eq. 3: -(1 - e) log s(r_w - r_l) - e log s(r_l - r_w)."""
     return _smoothed(beta * logps.margins, label_smoothing)
 
 
 def hinge(logps: PairLogps, *, beta: float) -> Tensor:
+    """max(0, 1 - (r_w - r_l)): RSO, arXiv 2309.06657 eq. 12, the hinge of SLiC-HF, 2305.10425, on
+    DPO's margin."""
     return torch.relu(1 - beta * logps.margins)
 
 
 def ipo(logps: PairLogps, *, beta: float) -> Tensor:
-    """Log-ratios per token, as the authors computed them; beta is the paper's tau."""
+    """IPO, arXiv 2310.12036 eq. 17; beta is the paper's tau, and log-ratios are means per token, as
+    the authors computed them."""
     chosen = logps.chosen_logratios / logps.chosen_lengths
     rejected = logps.rejected_logratios / logps.rejected_lengths
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
 def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """KL(softmax of the two rewards || [1 - label_smoothing, label_smoothing])."""
+    """KL(softmax(r_w, r_l) || (1 - label_smoothing, label_smoothing)): EXO, arXiv 2402.00856
+    eq. 16."""
     margins = beta * logps.margins
     right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
     return right.exp() * (right - math.log1p(-label_smoothing)) + wrong.exp() * (
@@ -127,37 +134,39 @@ def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor
 
 
 def nca_pair(logps: PairLogps, *, beta: float) -> Tensor:
-    """-log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2, with rewards r = beta * log-ratio."""
+    """-log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2: NCA, arXiv 2402.05369 (v3) table 1."""
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     noise = F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
     return -F.logsigmoid(chosen) - 0.5 * noise
 
 
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e), with DPO's L: unbiased under labels flipped with
-    probability e, `label_smoothing`."""
+    """((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e) with DPO's L(w, l) = -log s(r_w - r_l): the
+    unbiased loss of rDPO, arXiv 2403.00409, under labels flipped with probability e,
+    `label_smoothing`."""
     margins = beta * logps.margins
     right, wrong = -F.logsigmoid(margins), -F.logsigmoid(-margins)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
 def bco_pair(logps: PairLogps, *, beta: float) -> Tensor:
-    """-log s(r_w - d) - log s(-(r_l - d)) with a reward shift d of 0: the paper's eq. 8 without
-    the moving average that its d is."""
+    """-log s(r_w) - log s(-r_l): BCO, arXiv 2404.04656 (ACL 2025) eq. 6, which has no reward shift;
+    that of eq. 8 is a moving average."""
     return -F.logsigmoid(beta * logps.chosen_logratios) - F.logsigmoid(
         -beta * logps.rejected_logratios
     )
 
 
 def sppo_hard(logps: PairLogps, *, beta: float) -> Tensor:
-    """beta is the paper's 1 / eta."""
+    """SPPO, arXiv 2405.00675 eq. 4.7, the winner's P 1 and the loser's 0; beta is 1 / eta."""
     goal = 0.5 / beta
     return (logps.chosen_logratios - goal) ** 2 + (logps.rejected_logratios + goal) ** 2
 
 
 def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """By rank i, not by pair: h(u_(i) - v_(i)) with h(x) = log(1 + exp(-beta x)), u the sorted
-    margins log p(chosen) - log p(rejected) of the policy, v those of the reference."""
+    """AOT, arXiv 2406.05882 (v1) eq. 11 by algorithm 2. By rank i, not by pair: h(u_(i) - v_(i))
+    with h(x) = log(1 + exp(-beta x)), u the sorted margins log p(chosen) - log p(rejected) of the
+    policy, v those of the reference."""
     assert logps.ref_chosen_logps is not None and logps.ref_rejected_logps is not None
     policy = (logps.policy_chosen_logps - logps.policy_rejected_logps).sort(stable=True).values
     reference = (logps.ref_chosen_logps - logps.ref_rejected_logps).sort(stable=True).values
@@ -165,21 +174,24 @@ def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """As aot; u are the sorted log-ratios of the chosen responses, v those of the rejected."""
+    """As aot, arXiv 2406.05882 (v1) eq. 11, but by algorithm 1: u are the sorted log-ratios of the
+    chosen responses, v those of the rejected."""
     chosen = logps.chosen_logratios.sort(stable=True).values
     rejected = logps.rejected_logratios.sort(stable=True).values
     return _smoothed(beta * (chosen - rejected), label_smoothing)
 
 
 def apo_zero(logps: PairLogps, *, beta: float) -> Tensor:
-    """For chosen responses that are better than what the model writes."""
+    """s(-r_w) + s(r_l): APO, arXiv 2408.06266 eq. 7, for chosen responses that are better than what
+    the model writes."""
     return torch.sigmoid(-beta * logps.chosen_logratios) + torch.sigmoid(
         beta * logps.rejected_logratios
     )
 
 
 def apo_down(logps: PairLogps, *, beta: float) -> Tensor:
-    """For chosen responses that are worse than what the model writes."""
+    """s(r_w) + s(-(r_w - r_l)): APO, arXiv 2408.06266 eq. 8, for chosen responses that are worse
+    than what the model writes."""
     return torch.sigmoid(beta * logps.chosen_logratios) + torch.sigmoid(-beta * logps.margins)
 
 
@@ -193,10 +205,13 @@ def discopop(logps: PairLogps, *, beta: float, discopop_tau: float) -> Tensor:
 
 
 def sft(logps: PairLogps, *, beta: float) -> Tensor:
+    """-log p(chosen) / mean length: the chosen responses' NLL, whose mean over the step's pairs is
+    that over its tokens. Mixed in as in MPO, arXiv 2411.10442."""
     return logps.chosen_nll_per_token
 
 
 def sigmoid_norm(logps: PairLogps, *, beta: float) -> Tensor:
+    """sigmoid with log-ratios per token: Tulu 3, arXiv 2411.15124 eq. 6."""
     chosen = logps.chosen_logratios / logps.chosen_lengths
     rejected = logps.rejected_logratios / logps.rejected_lengths
     return -F.logsigmoid(beta * (chosen - rejected))
@@ -205,19 +220,23 @@ def sigmoid_norm(logps: PairLogps, *, beta: float) -> Tensor:
 def simpo(
     logps: PairLogps, *, beta: float, simpo_gamma: float, label_smoothing: float = 0.0
 ) -> Tensor:
+    """-log s(beta * (difference of the mean log-probs) - simpo_gamma): SimPO, arXiv 2405.14734
+    eq. 6."""
     chosen = logps.policy_chosen_logps / logps.chosen_lengths
     rejected = logps.policy_rejected_logps / logps.rejected_lengths
     return _smoothed(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 
 
 def cpo(logps: PairLogps, *, beta: float, cpo_alpha: float, label_smoothing: float = 0.0) -> Tensor:
-    """With the NLL per token of the step, as TRL has it."""
+    """-log s(beta * (log p(w) - log p(l))), CPO, arXiv 2401.08417 eq. 3, and its NLL term: per
+    token of the step, as TRL has it."""
     margins = beta * (logps.policy_chosen_logps - logps.policy_rejected_logps)
     return _smoothed(margins, label_smoothing) + cpo_alpha * logps.chosen_nll_per_token
 
 
 def orpo(logps: PairLogps, *, beta: float) -> Tensor:
-    """beta is the paper's lambda. Odds of the mean log-probs; the NLL is the step's per token."""
+    """ORPO, arXiv 2403.07691 eq. 6 and 7; beta is the paper's lambda. Odds of the mean log-probs;
+    the NLL is the step's per token."""
     chosen = _log_odds(logps.policy_chosen_logps / logps.chosen_lengths)
     rejected = _log_odds(logps.policy_rejected_logps / logps.rejected_lengths)
     return logps.chosen_nll_per_token - beta * F.logsigmoid(chosen - rejected)
@@ -234,7 +253,8 @@ def kl_baseline(logps: PairLogps) -> Tensor:
 def kto(
     logps: PairLogps, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Tensor:
-    """lambda_y - v(x, y): how far a response's log-ratio is from the right side of the baseline."""
+    """lambda_y - v(x, y), KTO, arXiv 2402.01306 (v4) eq. 8: lambda_y s(beta z_0 - r) for a
+    desirable response, lambda_y s(r - beta z_0) for an undesirable one."""
     surplus = beta * (logps.chosen_logratios - kl_baseline(logps))
     return _by_label(logps, surplus, desirable_weight, undesirable_weight)
 
@@ -242,7 +262,8 @@ def kto(
 def apo_zero_unpaired(
     logps: PairLogps, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Tensor:
-    """kto with a baseline of 0: apo_zero's terms, each for responses of its label."""
+    """kto with a baseline of 0: the two terms of APO, arXiv 2408.06266 eq. 7, each for responses of
+    its label."""
     surplus = beta * logps.chosen_logratios
     return _by_label(logps, surplus, desirable_weight, undesirable_weight)
 

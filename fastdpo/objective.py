@@ -20,7 +20,7 @@ from .config import DPOConfig
 from .data_pairs import TokenizedPairs, without_mismatches
 from .errors import ConfigError
 from .loss_specs import PLAIN_NLL, check_loss_options, needs_reference
-from .losses import PairLogps, call, f_scores, kl_baseline
+from .losses import OPTIONS, PairLogps, call, f_scores, kl_baseline
 from .pair_logps import PairSums, pair_sums, token_gradient
 from .users_losses import load_losses
 
@@ -279,16 +279,7 @@ class Objective:
         return total
 
     def _call(self, name: str, logps: PairLogps) -> Tensor:
-        args = self.args
-        options = {
-            "beta": args.beta,
-            "label_smoothing": args.label_smoothing,
-            "discopop_tau": args.discopop_tau,
-            "simpo_gamma": args.simpo_gamma,
-            "cpo_alpha": args.cpo_alpha,
-            "desirable_weight": args.desirable_weight,
-            "undesirable_weight": args.undesirable_weight,
-        }
+        options = {option: getattr(self.args, option) for option in OPTIONS}
         return call(self.losses[name], logps, options)
 
 

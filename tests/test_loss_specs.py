@@ -83,6 +83,13 @@ def test_step_wide_losses_need_one_rank(monkeypatch):
         Objective(args)
 
 
+FORMULAS = {
+    "nca_pair": "-log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2",
+    "robust": "((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e)",
+    "sft": "-log p(chosen) / mean length",
+}
+
+
 def test_every_loss_is_declared_and_documented():
     assert tuple(REGISTRY) == LOSSES
     for name, loss in REGISTRY.items():
@@ -92,6 +99,8 @@ def test_every_loss_is_declared_and_documented():
         )
         assert isinstance(loss.spec, LossSpec)
         assert re.search(r"arXiv \d{4}\.\d{5}", loss.spec.source), name
-        # An equation's number, or that of the table; else the function's docstring has the formula.
-        if not re.search(r"eq\. \d|table \d", loss.spec.source) and name != "sft":
-            assert "L(w, l)" in (loss.fn.__doc__ or ""), name
+        doc = " ".join((loss.fn.__doc__ or "").split())
+        for cited in re.findall(r"\d{4}\.\d{5}|eq\. [\d.]*\d|table \d", loss.spec.source):
+            assert cited in doc, (name, cited)
+        if "eq. " not in loss.spec.source:  # then the formula itself
+            assert FORMULAS[name] in doc, name
