@@ -140,3 +140,25 @@ def test_the_command_reads_a_config_and_no_weight(tmp_path, monkeypatch, capsys)
         assert weights in line, printed
         assert f"base_precision: {precision}" in printed
         assert ("before step 1" in printed) == (precision == "fp8")
+
+
+LLAMA_1B: Any = {
+    **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64},
+    **{"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tie_word_embeddings": True,
+}
+
+
+def test_full_fine_tuning_of_1b_in_16_gib_takes_8_bit_states(tmp_path, capsys):
+    """1.236e9 parameters: 4.6 GiB of fp32 weights, as many gradients, twice that of states."""
+    LlamaConfig(**LLAMA_1B).save_pretrained(tmp_path / "1B")
+    words = ["plan", "--model_name_or_path", str(tmp_path / "1B"), "--gpu_memory", "16GiB"]
+    words += ["--dtype", "float32", "--optim", "auto", "--gradient_checkpointing", "auto"]
+    words += ["--max_length", "512", "--precompute_ref_log_probs", "true"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "optim: adamw_8bit  # chosen" in printed or "optim: paged_adamw_8bit  #" in printed
+    rows = [line.split() for line in printed.splitlines() if line.endswith(" GiB")]
+    found = {" ".join(row[:-2]): float(row[-2]) for row in rows}
+    assert found["weights"] == 4.6 and found["total"] <= 16
+    assert found["optimizer states"] < 4.6 * 2 / 3
