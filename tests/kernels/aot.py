@@ -24,8 +24,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastdpo_kernels import linear_logps_triton_dw as dw
 from fastdpo_kernels import linear_logps_triton_exact as exact
 from fastdpo_kernels import linear_logps_triton_gemm as gemm
+from fastdpo_kernels import linear_logps_triton_math as math
 from fastdpo_kernels import linear_logps_triton_rows as rows
 from fastdpo_kernels import preference_loss_triton as preference
 from fastdpo_kernels import tiles
@@ -160,17 +162,17 @@ def small_entries(scope: str) -> Iterator[Entry]:
             {"BLOCK_N": 8, "BLOCK_K": rows.GRAD_WIDTH[full]} | flags | no_adapter, dtype=dtype,
         )  # fmt: skip
         yield Entry(
-            "dW operand" + tag, rows._dw_operand_kernel,
+            "dW operand" + tag, dw._dw_operand_kernel,
             {"BLOCK_N": 4, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
             | ({} if full else {"factor_ptr": None}), dtype=dtype,
         )  # fmt: skip
         yield Entry(
-            "dW target rows" + tag, rows._target_rows_kernel,
+            "dW target rows" + tag, dw._target_rows_kernel,
             {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
             | ({} if full else {"db_ptr": None}), dtype=dtype,
         )  # fmt: skip
         yield Entry(
-            "column sums" + tag, rows._column_sums_kernel,
+            "column sums" + tag, dw._column_sums_kernel,
             {"BLOCK_R": 64, "BLOCK_V": 64, "ADD": full}
             | ({} if full else {"factor_ptr": None}), dtype=dtype,
         )  # fmt: skip
@@ -241,7 +243,7 @@ def compile_entry(entry: Entry, arch: str) -> dict[str, Any]:
             "num_warps": entry.warps,
             "num_stages": entry.stages,
             "maxnreg": entry.registers,
-            **gemm.FUSE,
+            **math.FUSE,
         },
     )
     registers, stack = resources(compiled.asm["cubin"])

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import preference_loss_triton as preference
 from fastdpo_kernels import tiles
-from fastdpo_kernels.linear_logps_triton_gemm import Logits
+from fastdpo_kernels.linear_logps_triton_math import Logits
 
 
 class AbsentGPU:

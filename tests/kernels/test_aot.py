@@ -14,6 +14,10 @@ import pytest
 
 from tests.kernels.interpreter import ROOT
 
+# Default rows that may have a stack frame: tiles of Ampere spill up to 250 bytes at sizes that
+# divide by nothing (Triton 3.9). Heads have no such sizes; smaller tiles cost those they have.
+ALLOWED_ODD = ("sm80", "sm86")
+
 
 def run_program(name: str, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -47,7 +51,8 @@ def check(rows: list[dict], capsys, architectures: tuple[str, ...]) -> None:
     for r in rows:
         where = f"{r['label']} on {r['arch']}"
         assert r["shared"] <= r["shared_limit"], f"{where}: {r['shared']} bytes of shared memory"
-        assert r["stack"] == 0 or not r["default"], f"{where}: a stack frame of {r['stack']} bytes"
+        allowed = r["arch"] in ALLOWED_ODD and r["label"].endswith(" odd") or not r["default"]
+        assert r["stack"] == 0 or allowed, f"{where}: a stack frame of {r['stack']} bytes"
         if r["label"].startswith(("half", "rich", "stats")):
             expected = PRODUCTS[r["arch"]]
             assert expected in r["instructions"], f"{where}: no {expected}"

@@ -19,19 +19,14 @@ from torch import Tensor
 
 from . import tiles, tuning
 from .impls import ForwardResult, TokenStats
+from .linear_logps_triton_dw import add_target_rows, column_sums, dw_operand
 from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
-from .linear_logps_triton_gemm import Logits, Matrix, describable, exp_gemm, exp_tile
-from .linear_logps_triton_rows import (
-    add_target_rows,
-    column_sums,
-    dw_operand,
-    hidden_grad,
-    row_sums,
-    target_logits,
-)
+from .linear_logps_triton_gemm import describable, exp_gemm, exp_tile
+from .linear_logps_triton_math import Logits, Matrix
+from .linear_logps_triton_rows import hidden_grad, row_sums, target_logits
 from .tiles import Plan, Problem
 
-_PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_gemm
+_PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_math
 
 
 @dataclass(frozen=True)

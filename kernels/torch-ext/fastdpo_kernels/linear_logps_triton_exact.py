@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .impls import TokenStats
-from .linear_logps_triton_gemm import (
+from .linear_logps_triton_math import (
     CALL_INTS,
     FUSE,
     LOG2E,

@@ -69,7 +69,8 @@ class Device:
 # The first row of each table is the default. Kinds: "half" 16-bit operands; "rich" the same with a
 # bias or a softcap in the epilogue; "stats" with all statistics (these two take more registers, so
 # they get smaller tiles); "float32" multiplied as fp32. Rows with descriptors are passed over where
-# operands are not aligned to 16 bytes: every table has a "pointer" row.
+# operands are not aligned to 16 bytes: every table has a "pointer" row. From sm_90 on the first of
+# those does not spill at sizes that divide by nothing either, whose masks take registers.
 _AMPERE = {
     "half": (
         Gemm(128, 128, 32, 8, 4),
@@ -85,6 +86,7 @@ _HOPPER = {
         Gemm(128, 256, 64, 8, 3, loads="persistent"),
         Gemm(128, 256, 64, 8, 4, loads="descriptor"),
         Gemm(128, 128, 64, 4, 3, loads="descriptor"),
+        Gemm(128, 64, 32, 8, 4),
         Gemm(128, 128, 32, 8, 4),
     ),
     "rich": (
@@ -92,7 +94,7 @@ _HOPPER = {
         Gemm(128, 128, 64, 8, 3, loads="persistent"),
         Gemm(128, 64, 64, 8, 3),  # by pointers 128 columns need a stack frame under some Tritons
     ),
-    "stats": (Gemm(128, 64, 64, 8, 3, loads="descriptor"), Gemm(64, 64, 64, 4, 3)),
+    "stats": (Gemm(128, 64, 64, 8, 3, loads="descriptor"), Gemm(64, 64, 64, 8, 3)),
     "float32": _AMPERE["float32"],
 }
 _BLACKWELL = _HOPPER | {
@@ -100,6 +102,7 @@ _BLACKWELL = _HOPPER | {
         Gemm(128, 256, 64, 8, 4, loads="descriptor"),
         Gemm(128, 128, 64, 8, 3, loads="persistent"),
         Gemm(128, 128, 64, 4, 3, loads="descriptor"),
+        Gemm(128, 64, 32, 8, 4),
         Gemm(128, 128, 32, 8, 4),
     ),
 }
