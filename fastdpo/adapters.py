@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -160,7 +162,7 @@ def is_untouched(model: PeftModel) -> bool:
     """Whether the active adapters change nothing yet: every LoRA B (or A) is still zero."""
     pairs: dict[str, dict[str, bool]] = {}
     for name, parameter in model.named_parameters():
-        match = re.match(r"(.*)\.lora_(?:embedding_)?([AB])\.(\w+)", name)
+        match = re.match(r"(.*)\.lora_(?:embedding_)?([AB])\.([^.]+)", name)
         if match and match[3] in model.active_adapters:
             factor = pairs.setdefault(f"{match[1]}.{match[3]}", {})
             factor[match[2]] = not bool(torch.any(parameter != 0))
@@ -168,9 +170,17 @@ def is_untouched(model: PeftModel) -> bool:
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that belong to `adapter`, by name."""
+    """The parameters that belong to `adapter`, by name. (A module of the base model may have the
+    adapter's name too.)"""
+    own = {
+        f"{path}.{holder}.{adapter}"
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for holder in module.adapter_layer_names
+    }
+    part = re.compile(rf"\.{re.escape(adapter)}(?=\.|$)")
     for name, parameter in model.named_parameters():
-        if re.search(rf"\.{re.escape(adapter)}(\.|$)", name):
+        if any(name[: found.end()] in own for found in part.finditer(name)):
             yield name, parameter
 
 

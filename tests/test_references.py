@@ -15,7 +15,7 @@ from fastdpo.adapters import REFERENCE_ADAPTER
 from fastdpo.config_files import write_yaml
 from fastdpo.errors import ConfigError, MissingPackageError, ModelError
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
-from tests.tiny_trainer import LORA, lora, losses
+from tests.tiny_trainer import LORA, lora, losses, weights
 from tests.tiny_trainer import trainer as dpo_trainer
 
 trainer: Any = dpo_trainer  # what its references are is looked into here
@@ -89,6 +89,22 @@ def test_a_named_adapter_is_the_reference(tmp_path):
     assert abs(losses(by_name)[0] - np.log(2)) > 1e-3
     assert not any(parameter.requires_grad for parameter in frozen)
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
+
+
+def test_an_adapter_may_have_any_name(tmp_path):
+    """One that no word makes up, and one that a module of the base model has too."""
+    fresh = trainer(tmp_path / "a", model=lora(name="my-adapter"), max_steps=1)
+    assert fresh.live_reference.adapter is None
+    policy = lora(std=0.1, name="mlp")
+    policy.add_adapter("my-adapter", LoraConfig(**LORA))
+    policy.set_adapter("my-adapter")
+    trained = weights(policy)
+    assert sum(".mlp." in name for name in trained) > 4
+    made = trainer(tmp_path / "b", model=policy, reference="adapter:mlp", max_steps=2)
+    made.train()
+    moved = weights(made.model)
+    assert moved.keys() == trained.keys()
+    assert all(not torch.equal(p, trained[n]) for n, p in moved.items() if "lora_B" in n)
 
 
 def test_adapters_leave_no_doubt(tmp_path):
