@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT during training: the step is finished and saved, then the run ends.
 
-The first signal is only noted; the second ends the run at once.
+The first signal is only noted; the second ends the run at once. Several ranks ask each other, which
+waits for the device, only after steps that wait for it anyway: those that log, evaluate or save.
 """
 
 import os
@@ -50,7 +51,12 @@ class StopRequests:
             raise Interrupted(number, "a second one: stopped at once, and this step is not saved")
         self.number = number
         name = signal.Signals(number).name
-        text = f"\nfastdpo: {name}: saving after this step; once more stops at once\n"
+        when = (
+            "this step"
+            if rank_of_ranks()[1] == 1
+            else "the next step that logs, evaluates or saves"
+        )
+        text = f"\nfastdpo: {name}: saving after {when}; once more stops at once\n"
         os.write(2, text.encode())  # a handler may interrupt a print, and print can't be nested
 
     def to_obey(self, device: torch.device, *, agree: bool) -> int:

@@ -173,6 +173,7 @@ def end_if_asked(trainer: DPOTrainer, signal_number: int) -> None:
         return
     save(trainer)
     trainer.control = trainer._event("on_train_end")
+    wait_for_ranks()  # a launcher ends the others as soon as one rank ends, the one that saves too
     way = "resume_from_checkpoint 'auto' goes on from there"
     if trainer.args.save_only_model:
         way = "save_only_model left out what a resume needs"

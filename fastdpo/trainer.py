@@ -341,7 +341,8 @@ class DPOTrainer(TrainerInterface):
         `resume_from_checkpoint` is a checkpoint folder, True for the newest whole one in
         `output_dir`, or "auto" for that one if there is any; a resumed run equals the uninterrupted
         one bit for bit under the same conditions. SIGTERM and SIGINT end it after the step in
-        hand with a checkpoint and `Interrupted`, a `KeyboardInterrupt`.
+        hand with a checkpoint and `Interrupted`, a `KeyboardInterrupt`; several ranks all end
+        after the next step that logs, evaluates or saves, whichever of them the signal came to.
         """
         args = self.args
         if self.train_pairs is None:
@@ -435,9 +436,10 @@ class DPOTrainer(TrainerInterface):
             is_last = index == self.plan.steps_per_epoch or self._stops
             if is_last:
                 self.control = self._event("on_epoch_end")
-            logs = self.control.should_log
+            control = self.control  # whose flags `_log_evaluate_save` clears
+            waits = control.should_log or control.should_evaluate or control.should_save
             self._log_evaluate_save()
-            resume.end_if_asked(self, self.stop_requests.to_obey(self.device, agree=logs))
+            resume.end_if_asked(self, self.stop_requests.to_obey(self.device, agree=waits))
             if not is_last and self._stops:  # an evaluation said so
                 self.control = self._event("on_epoch_end")
                 self._log_evaluate_save()
