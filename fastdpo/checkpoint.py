@@ -131,9 +131,10 @@ def save_checkpoint(
         put_in_place(folder)
         _sync_entry(folder.parent)
     except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
+        room = _room(folder.parent)
         shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {folder.name} could not be written: {error}; "
+            f"checkpoint {folder.name} could not be written: {error}{room}; "
             "the earlier checkpoints are whole"
         ) from error
 
@@ -266,6 +267,14 @@ def _digest(path: Path) -> str:
 
 def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _room(folder: Path) -> str:
+    """How much the disk of `folder` still takes: torch.save does not say that it is full."""
+    try:
+        return f" (the disk has {shutil.disk_usage(folder).free / 2**20:.1f} MiB left)"
+    except OSError:
+        return ""
 
 
 def _sync(folder: Path) -> None:

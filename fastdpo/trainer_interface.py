@@ -4,6 +4,7 @@ Evaluating, logging, saving, describing and uploading. `DPOTrainer` sets the att
 """
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,8 @@ class TrainerInterface:
 def tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
     """Transformers' callbacks for these trackers; `MissingPackageError` where one is absent."""
     try:
+        if "mlflow" in report_to and find_spec("mlflow") is None:  # whose callback prints a trace
+            raise ImportError("mlflow is not installed;")
         return [made() for made in get_reporting_integration_callbacks(report_to)]
     except (ImportError, RuntimeError) as error:
         raise MissingPackageError(

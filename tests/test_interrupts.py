@@ -1,4 +1,4 @@
-"""SIGTERM to a run of two ranks: both stop after one step, of which one whole checkpoint is left."""
+"""SIGTERM to a run of two ranks: both stop after the same step, and its checkpoint is whole."""
 
 import os
 import subprocess
