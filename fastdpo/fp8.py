@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 _MULTIPLE = 16  # of both sizes of a weight, for torch._scaled_mm
+# Where PEFT keeps adapters, frozen ones such as a reference's too, and what they train in full.
+_ADAPTERS = ("lora_", "modules_to_save")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +147,8 @@ def convert_layers(
     layers = decoder_of(base_model(model)).get_submodule("layers")
     replaced, skipped = [], []
     for parent_name, parent in list(layers.named_modules()):
+        if any(part.startswith(_ADAPTERS) for part in parent_name.split(".")):
+            continue
         for name, child in list(parent.named_children()):
             # What modules_to_save trains in full must start from what the reference reads.
             if type(child) is not nn.Linear or name == "original_module":

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -100,6 +100,24 @@ def test_a_run_on_an_fp8_base_learns_and_reports_its_error(tmp_path, caplog) -> 
     logs = [log for log in made.state.log_history if "rewards/margins" in log]
     assert logs[0]["rewards/margins"] == 0  # the reference is the same base
     assert logs[-1]["loss"] < 0.9 * logs[0]["loss"]
+
+
+def test_adapters_stay_as_they_are_frozen_or_not(tmp_path) -> None:
+    """A reference's copy too, at a rank whose factors fp8 could hold."""
+    config16 = LoraConfig(
+        task_type="CAUSAL_LM", r=16, target_modules=["q_proj"], modules_to_save=["o_proj"]
+    )
+    model: Any = get_peft_model(tiny_llama(intermediate_size=64), config16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    args = config(tmp_path, reference="copy")
+    made = DPOTrainer(model, args=args, train_dataset=tiny_pairs(16))
+    in_fp8 = [n for n, module in made.model.named_modules() if isinstance(module, Fp8Linear)]
+    assert in_fp8 and not any("lora_" in name or "modules_to_save" in name for name in in_fp8)
+    made.train()  # whose first-step check finds the reference equal to the policy
+    logs = [log for log in made.state.log_history if "rewards/margins" in log]
+    assert logs[0]["rewards/margins"] == 0
 
 
 def test_what_cannot_be_in_fp8_is_refused(tmp_path, monkeypatch) -> None:
