@@ -68,6 +68,8 @@ def _why_not(layer: Any) -> str | None:
     inside = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
     if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
         return "with hooks inside"
+    if getattr(layer.forward, "__func__", None) not in (kind.forward, _forward):
+        return "whose forward was replaced"
     return next((why for name in layer.lora_A if (why := _special(layer, name))), None)
 
 
@@ -99,33 +101,43 @@ def _families(layers: dict[str, Any]) -> list[list[Any]]:
 class Siblings:
     """LoRA layers that are called with one input: the first to be called computes for all.
 
-    x: that input; outputs: by place, what the others have not asked for yet.
+    x: that input; outputs: by place, what the others have not asked for yet, with their adapter;
+    moment: what else the outputs belong to.
     """
 
     def __init__(self, layers: list[Any]):
         self.layers = layers
         self.x: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}
+        self.moment: tuple[int, bool] | None = None
+        self.outputs: dict[int, tuple[str, Tensor]] = {}
         self.missed = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have nothing that waits: it belongs to a pass of the original's."""
+        return {**self.__dict__, "x": None, "moment": None, "outputs": {}, "missed": 0}
+
     def take(self, place: int, x: Tensor) -> Tensor | None:
-        """The output of the layer at `place` if it has been computed already."""
-        if self.x is not x or place not in self.outputs:
+        """The output of the layer at `place` if it has been computed already, from x as it is now
+        and under the adapter that it has now."""
+        if self.x is not x or place not in self.outputs or self.moment != _moment(x):
             return None
-        out = self.outputs.pop(place)
+        if self.outputs[place][0] != _active(self.layers[place]):
+            return None
+        _, out = self.outputs.pop(place)
         if not self.outputs:
             self.x = None
             if self.missed:
                 self.missed = 0
         return out
 
-    def keep(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+    def keep(self, x: Tensor, outputs: dict[int, tuple[str, Tensor]]) -> None:
         if self.outputs:  # a pass was cut short, or these layers have inputs of their own
             self.missed += 1
         if self.missed > 1:
             self._part()
         elif outputs or self.outputs:
             self.x, self.outputs = (x if outputs else None), outputs
+            self.moment = _moment(x)
 
     def _part(self) -> None:
         for layer in self.layers:
@@ -134,6 +146,12 @@ class Siblings:
         logger.info(
             "LoRA: %d layers do not share their input, each computes alone", len(self.layers)
         )
+
+
+def _moment(x: Tensor) -> tuple[int, bool]:
+    """How often x was written to, where that is counted, and whether a graph is made."""
+    uncounted = torch.compiler.is_compiling() or x.is_inference()
+    return 0 if uncounted else x._version, torch.is_grad_enabled()
 
 
 # ---- the forward ---------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ def _active(layer: Any) -> str | None:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out], in the dtype of the base's output."""
     siblings, place = layer._fastdpo_siblings, layer._fastdpo_place
-    known = siblings.take(place, x)
+    known = None if args or kwargs else siblings.take(place, x)
     if known is not None:
         return known
     if args or kwargs or _active(layer) is None:
@@ -158,10 +176,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapters = {i: _active(one) for i, one in enumerate(siblings.layers)}
     adapters = {i: name for i, name in adapters.items() if name is not None}
     layers = [siblings.layers[i] for i in adapters]
-    outputs = dict(zip(adapters, _products(x, layers, list(adapters.values())), strict=True))
-    own = outputs.pop(place)
+    made = _products(x, layers, list(adapters.values()))
+    outputs = {i: (adapters[i], out) for i, out in zip(adapters, made, strict=True)}
+    _, own = outputs.pop(place)
     siblings.keep(x, outputs)
     return own
+
+
+_forward.__name__ = "forward"  # what a pickle asks the layer for: it gets PEFT's own
 
 
 def _products(x: Tensor, layers: list[Any], adapters: list[str]) -> list[Tensor]:
@@ -237,7 +259,6 @@ class LeanProducts(torch.autograd.Function):
         ctx.save_for_backward(rows, parts, stacked, *up, *weights)
         ctx.scales, ctx.sizes, ctx.dtype, ctx.x_dtype = scales, sizes, dtype, x.dtype
         ctx.masters = [(a.dtype, b.dtype) for a, b in zip(downs, ups, strict=True)]
-        ctx.base_dtypes = [None if base is None else base.dtype for base in bases]
         return tuple(outs)
 
     @staticmethod

@@ -411,6 +411,57 @@ def test_a_pass_cut_short_leaves_nothing_behind() -> None:
     assert len(base.q_proj._fastdpo_siblings.layers) == 3
 
 
+def test_what_waits_is_of_its_own_moment_only() -> None:
+    """Between two siblings: x written to, another adapter, a graph wanted, a copy made."""
+    model = block()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    randomize(model)
+    ours = lean(model)
+    theirs, base = model.get_base_model(), ours.get_base_model()
+    x, close = an_input(), {"rtol": 0, "atol": 1e-13}
+    with torch.no_grad():
+        base.q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(base.k_proj(x), theirs.k_proj(x), **close)
+        base.q_proj(x)
+        for one in (model, ours):
+            one.set_adapter("other")
+        torch.testing.assert_close(base.k_proj(x), theirs.k_proj(x), **close)
+        base.q_proj(x)
+        with model.disable_adapter(), ours.disable_adapter():
+            assert torch.equal(base.k_proj(x), theirs.k_proj(x))
+    fresh = lean(model).get_base_model()
+    with torch.no_grad():
+        fresh.q_proj(x)
+    assert fresh.k_proj(x).requires_grad
+    waiting = lean(model).get_base_model()
+    waiting.q_proj(x)
+    assert waiting.q_proj._fastdpo_siblings.x is x  # whose outputs have a graph
+    assert copy.deepcopy(waiting).q_proj._fastdpo_siblings.x is None
+
+
+def test_a_pickled_model_computes_the_same(tmp_path) -> None:
+    """Under PEFT's own forward, until it is made lean again."""
+    ours, x = lean(llama()), torch.arange(8)[None]
+    torch.save(ours, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    expected = ours(input_ids=x).logits
+    # fp32 at 2 layers: some roundings of sums of 32 products.
+    torch.testing.assert_close(again(input_ids=x).logits, expected, rtol=1e-5, atol=1e-5)
+    assert use_lean_lora(again) == use_lean_lora(ours)
+
+
+def test_a_forward_that_another_package_replaced_stays(caplog) -> None:
+    model: Any = block()
+    layer = model.get_base_model().q_proj
+    layer.forward = lambda x: type(layer).forward(layer, x) + 1
+    with caplog.at_level("INFO", "fastdpo.lora"):
+        assert use_lean_lora(model) == 3
+        assert use_lean_lora(model) == 3
+    assert "PEFT's own forward for 1 layers, whose forward was replaced" in caplog.text
+    assert not hasattr(layer, "_fastdpo_siblings")
+
+
 # ---- in a run ------------------------------------------------------------------------------------
 
 
