@@ -1,4 +1,4 @@
-"""The GPU check: GPU tests, kernels, training steps, within 9 minutes, correctness first.
+"""The GPU check: GPU tests, kernels, training steps, LoRA, in 9 minutes, correctness first.
 
 `make gpu-check`, or `python3 -m benchmarks.gpu_check` from a bare checkout: nothing need be
 installed but torch with CUDA, transformers, peft, accelerate, matplotlib, pytest and hypothesis;
@@ -49,7 +49,8 @@ STAGES = (
     Stage("tests", "benchmarks.gpu_tests", "tests", 0.36, folded=True),
     Stage("kernels", "benchmarks.bench_linear_logps", "kernels", 0.34),
     Stage("loss", "benchmarks.bench_preference_loss", "loss", 0.10, folded=True),
-    Stage("training", "benchmarks.bench_train_step", "training", 1.0, least=30.0),
+    Stage("training", "benchmarks.bench_train_step", "training", 0.8, least=30.0),
+    Stage("lora", "benchmarks.bench_lora", "lora", 1.0, folded=True),
 )
 
 
@@ -180,8 +181,9 @@ def check(
 
 
 def summary(document: dict[str, Any], found: dict[str, dict], folder: Path) -> str:
-    """A line a stage, then kernels and trainers against TRL's; the rest is in the folder."""
-    from . import bench_linear_logps, bench_train_step, harness
+    """A line a stage, then kernels and trainers against TRL's, and LoRA against the frozen base;
+    the rest is in the folder."""
+    from . import bench_linear_logps, bench_lora, bench_train_step, harness
 
     facts, tests = document["environment"], found.get("tests", {})
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -213,6 +215,9 @@ def summary(document: dict[str, Any], found: dict[str, dict], folder: Path) -> s
     training = found.get("training", {}).get("rows", [])
     if profiled := [row for row in training if "phases" in row]:
         lines += ["", bench_train_step.phases_table(profiled)]
+    if adapters := found.get("lora", {}).get("rows"):
+        lines += ["", bench_lora.as_table(adapters)]
+    lines += harness.left_out_lines(found.get("lora", {}).get("left_out", []))
     return "\n".join([*lines, f"written: {folder}"])
 
 

@@ -43,6 +43,7 @@ def fake_rows() -> dict[str, list[dict]]:
             {**trainer, "trainer": "trl"},
         ],
         "loss": [],
+        "lora": [{"case": "8B T=8192", "implementation": "fastdpo", "seconds": 1, "x frozen": 1.1}],
     }
 
 
@@ -66,7 +67,7 @@ def test_the_gpu_check_gathers_its_stages_in_one_folder(tmp_path, capsys, monkey
 
     folder = tmp_path / "out"
     assert gpu_check.check(400.0, "make gpu-check", folder=folder, run=run) == int(fails)
-    assert [name for name, _ in called] == ["tests", "kernels", "loss", "training"]
+    assert [name for name, _ in called] == ["tests", "kernels", "loss", "training", "lora"]
     # Each may take its share of what is left, and all fit however long they take.
     assert all(seconds <= 400 for _, seconds in called) and called[0][1] < 200
     document = json.loads((folder / "gpu_check.json").read_text())
@@ -82,6 +83,7 @@ def test_the_gpu_check_gathers_its_stages_in_one_folder(tmp_path, capsys, monkey
     lines = {tuple(line.split()[:2]): line.split() for line in printed.splitlines()}
     assert lines["head", "fastdpo"][2] == "3.000" and lines["c", "fastdpo"][2:4] == ["6.000"] * 2
     assert ("failed: a::two: RuntimeError: no" in printed) == fails
+    assert document["results"]["lora"]["rows"] == rows["lora"] and "1.100" in printed
 
 
 def test_a_stage_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
@@ -223,3 +225,4 @@ def test_the_whole_chain_runs_without_a_gpu(tmp_path):
     assert written == results | {"gpu_check.json", "log.txt"}
     found = json.loads((tmp_path / "gpu_check.json").read_text())["results"]
     assert found["tests"]["skipped"] and not found["tests"]["not_run"] and found["loss"]["rows"]
+    assert found["lora"]["rows"]
