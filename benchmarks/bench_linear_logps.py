@@ -76,6 +76,7 @@ class Head:
 
 GPU_HEADS = ((4096, 128256), (896, 151936), (2048, 128256), (2304, 262144))
 CPU_SIZES = ((2048, 512, 32000), (512, 256, 8000))
+TINY_SIZES = ((16, 16, 100), (64, 64, 1000), (256, 64, 1000), (500, 64, 4000))  # all logits at once
 SMOKE_HEADS = ((32, 500),)
 
 
@@ -84,7 +85,7 @@ def cases(device: torch.device, smoke: bool) -> list[Case]:
     if smoke:
         return [Case(64, d, v, mode) for mode in MODES for d, v in SMOKE_HEADS]
     if device.type != "cuda":
-        return [Case(n, d, v, mode) for n, d, v in CPU_SIZES for mode in MODES]
+        return [Case(n, d, v, mode) for n, d, v in CPU_SIZES + TINY_SIZES for mode in MODES]
     central = [Case(4096, d, v, mode) for mode in ("frozen", "trained") for d, v in GPU_HEADS]
     rest = [Case(n, d, v, m) for m in MODES for n in (4096, 32768, 512) for d, v in GPU_HEADS]
     return list(dict.fromkeys([*central, *rest]))

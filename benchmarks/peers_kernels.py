@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo_kernels import linear_logps
+from fastdpo_kernels import linear_logps, linear_logps_eager
 
 from .harness import timed
 
@@ -69,8 +69,8 @@ def find(name: str, device: torch.device, n: int, v: int) -> LogProbs:
     if name == "fastdpo 16 MiB":
         return functools.partial(linear_logps, workspace_bytes=16 * MIB)
     if name == "fastdpo torch":
-        if device.type != "cuda":
-            raise Absent("is what fastdpo runs on a CPU")
+        if device.type != "cuda" and v > linear_logps_eager.LARGEST_V:
+            raise Absent("is what fastdpo runs on a CPU at more than a small vocabulary")
         return functools.partial(linear_logps, impl="torch")
     if name == "fastdpo statistics":
         return lambda h, w, y: linear_logps(h, w, y, stats=STATISTICS)[0]

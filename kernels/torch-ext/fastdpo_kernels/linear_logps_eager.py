@@ -14,8 +14,8 @@ from . import linear_logps_torch
 from .impls import ForwardResult, TokenStats
 from .linear_logps_torch_tiles import NATS, Head, exponents, one_minus_square, target_logits
 
-# Measured on a CPU in fp32, one thread, forward and backward: the chunked way takes 1.5 times as
-# long at N V = 1,600, 1.3 to 1.7 times at 64,000 and 256,000, and as long at 2,000,000.
+# At most two tiles of the chunked way. Which is faster, on a CPU, is measured by
+# `python -m benchmarks.bench_linear_logps`: rows "fastdpo" and "fastdpo torch" at N <= 500.
 LARGEST_V = 4096
 LARGEST_BYTES = 64 * 2**20
 

@@ -1,9 +1,9 @@
 """Products of fp32 matrices in IEEE precision, on a CPU by the faster of torch's two libraries.
 
-On x86 torch.mm is MKL's. Where there is AVX-512, oneDNN's product of large matrices is the faster
-one: on an AMD Zen 4 by 5 to 12 %, with torch 2.11 to 2.13; elsewhere this is unmeasured. Torch has
-it behind a fused linear layer. What is used depends on shapes, strides and settings, never on a
-measurement: every process gets the same bits.
+On x86 torch.mm is MKL's. Where there is AVX-512, oneDNN's product of large matrices was the faster
+one on an AMD Zen 4, with torch 2.11 to 2.13; elsewhere this is unmeasured (the benchmark's row
+"gemms" is the fastest of both). Torch has it behind a fused linear layer. What is used depends on
+shapes, strides and settings, never on a measurement: every process gets the same bits.
 """
 
 import contextlib
