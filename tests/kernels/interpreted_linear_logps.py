@@ -405,6 +405,22 @@ def test_a_workspace_too_small_is_refused():
         op(head.hidden, head.weight, head.targets, workspace_bytes=2000)
 
 
+def test_a_workspace_that_the_forward_pass_takes_is_enough_for_dw():
+    head = peaked_head(8, 200, 100)
+    weight = head.weight.requires_grad_()
+    refused = 0
+    for workspace in range(2_000, 300_000, 4_000):
+        try:
+            logps = op(head.hidden.detach(), weight, head.targets, workspace_bytes=workspace)
+        except ValueError:
+            refused += 1
+            continue
+        (grad,) = torch.autograd.grad(logps.sum(), [weight])
+        assert grad.isfinite().all() and refused
+        return
+    raise AssertionError("no workspace was enough")
+
+
 def test_library_flags_are_left_as_they_were():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction

@@ -1,7 +1,9 @@
 """What `linear_logps` accepts, converts and refuses: dtypes, autocast, impl, bad input."""
 
+import contextlib
 import logging
 import math
+import threading
 from collections import deque
 
 import pytest
@@ -148,7 +150,7 @@ def bad_calls():
         "int32": ((h, w, y.int()), {}, TypeError, "targets must be int64, got torch.int32"),
         "uint8": ((h, w.to(torch.uint8), y), {}, TypeError, "weight is torch.uint8"),
         "fp64": ((h.double(), w, y), {}, TypeError, "float64 mixes with nothing"),
-        "device": ((h, w.to("meta"), y), {}, ValueError, "weight is on meta, hidden on cpu"),
+        "device": ((h, w.to("meta"), y), {}, ValueError, "weight is on meta, hidden on cpu; move"),
         "list": ((h, w, [1, 2]), {}, TypeError, "targets must be a tensor, got list"),
         "high": ((h, w, y + 30), {}, ValueError, r"targets\[3\] = 33 is outside \[0, V=33\)"),
         "low": ((h, w, y - 2), {}, ValueError, r"targets\[0\] = -2 is outside"),
@@ -162,7 +164,8 @@ def bad_calls():
         "stat": ((h, w, y), {"stats": ("entropi",)}, ValueError, "called 'entropi'"),
         "stats": ((h, w, y), {"stats": ("entropy",) * 2}, ValueError, "names one twice"),
         "impl": ((h, w, y), {"impl": "cuda"}, ValueError, "impl='cuda' is unknown"),
-        "workspace": ((h, w, y), {"workspace_bytes": 0}, ValueError, "must be positive, got 0"),
+        "workspace": ((h, w, y), {"workspace_bytes": 0}, ValueError, "at least 1 .* got 0"),
+        "no number": ((h, w, y), {"workspace_bytes": math.nan}, ValueError, "got nan"),
     }
 
 
@@ -219,6 +222,30 @@ def test_a_devices_late_report_of_a_bad_target_is_raised_when_it_has_arrived(mon
     with pytest.raises(ValueError, match=r"earlier call.*targets\[7\] = 40 is outside \[0, V=33\)"):
         late.raise_late()
     assert not late._pending
+
+
+def test_a_report_is_taken_by_one_thread(monkeypatch):
+    """Autograd's threads ask too: none may take the next report for the one that has arrived."""
+    looked, both = [], threading.Barrier(2)
+
+    class Arrived:
+        def query(self):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # both threads have asked before either takes it, if they can
+            return True
+
+    class Underway:
+        def query(self):
+            return False
+
+    reports = [(Arrived(), looked.append, ("first",)), (Underway(), looked.append, ("second",))]
+    monkeypatch.setattr(late, "_pending", deque(reports))
+    threads = [threading.Thread(target=late.raise_late) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert looked == ["first"] and len(late._pending) == 1
 
 
 def test_reports_wait_while_a_cuda_graph_is_captured(monkeypatch):

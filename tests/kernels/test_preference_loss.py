@@ -305,7 +305,7 @@ def bad_calls():
         "integers": ((t.long(), c, p, r), {}, TypeError, "token_logps must be a float dtype"),
         "rank": ((t[None], c, p, r), {}, ValueError, r"token_logps must have 1 .* \(1, 155\)"),
         "triples": ((t, c, torch.zeros(2, 3).long(), r), {}, ValueError, r"\[P, 2\], got \(2, 3\)"),
-        "device": ((t, c, p.to("meta"), r), {}, ValueError, "pairs is on meta, not on cpu"),
+        "device": ((t, c, p.to("meta"), r), {}, ValueError, "pairs is on meta, token_logps on cpu"),
         "end": ((t, late, p, r), {}, ValueError, f"from 0 to N={n}, got 0 to {n + 1}"),
         "falling": ((t, falling, p, r), {}, ValueError, "falls from 5 to 1 at response 2"),
         "no bounds": ((t[:0], c[:0], p, r[:0]), {}, ValueError, "cu_responses is empty"),

@@ -5,6 +5,7 @@ backward) that finds the copy complete looks at it on the host. Until then the k
 stay inside their memory, and what cannot be computed is NaN.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # Copies on their way from a GPU, oldest first: (event, what looks at them, the copies).
 _pending: deque[tuple[Any, Callable[..., None], tuple[Tensor, ...]]] = deque()
+_taking = threading.Lock()  # autograd has threads of its own, one a device
 
 
 def check_later(look: Callable[..., None], *tensors: Tensor) -> None:
@@ -40,9 +42,15 @@ def raise_late() -> None:
     """
     if _pending and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
-    while _pending and _pending[0][0].query():
-        _, look, copies = _pending.popleft()
+    while arrived := _arrived():
+        _, look, copies = arrived
         try:
             look(*copies)
         except ValueError as error:
             raise ValueError(f"in an earlier call, {error}") from None
+
+
+def _arrived() -> tuple[Any, Callable[..., None], tuple[Tensor, ...]] | None:
+    """Takes the oldest report, if its copies have arrived: whoever asked takes that one."""
+    with _taking:
+        return _pending.popleft() if _pending and _pending[0][0].query() else None

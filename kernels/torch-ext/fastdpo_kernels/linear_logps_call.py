@@ -189,7 +189,7 @@ def check(
     if max(n, d, v) >= 2**31:
         raise ValueError(
             f"linear_logps: N={n}, D={d}, V={v}, but a dimension holds fewer than 2^31={2**31} "
-            "(int32 indices); call it on parts of the rows"
+            "(int32 indices); of hidden's rows, give some at a time"
         )
     if v == 0 or d == 0:
         raise ValueError(f"linear_logps: weight is empty: {tuple(weight.shape)}")
@@ -211,11 +211,12 @@ def check(
         elif name != "bias" and (hidden.dtype == torch.float64) != (tensor.dtype == torch.float64):
             raise TypeError(
                 f"linear_logps: float64 mixes with nothing else: hidden is {hidden.dtype}, "
-                f"{name} {tensor.dtype}"
+                f"{name} {tensor.dtype}; cast one to the other's"
             )
         if tensor.device != hidden.device:
             raise ValueError(
-                f"linear_logps: {name} is on {tensor.device}, hidden on {hidden.device}"
+                f"linear_logps: {name} is on {tensor.device}, hidden on {hidden.device}; "
+                "move one to the other's device"
             )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"linear_logps: softcap must be positive or None, got {softcap}")
@@ -230,8 +231,10 @@ def check(
             )
     if len(set(stats)) != len(stats):
         raise ValueError(f"linear_logps: stats names one twice: {', '.join(stats)}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"linear_logps: workspace_bytes must be positive, got {workspace_bytes}")
+    if not 1 <= workspace_bytes < math.inf:
+        raise ValueError(
+            f"linear_logps: workspace_bytes must be at least 1 and finite, got {workspace_bytes}"
+        )
 
 
 def _check_lora(lora: Lora, weight: Tensor) -> None:

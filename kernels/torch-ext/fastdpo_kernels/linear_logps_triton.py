@@ -95,6 +95,8 @@ def forward(
     work = "hidden" if need_hidden_grad else "sums"
     if job.kept and not _can_keep(job, work, workspace_bytes):
         job = dataclasses.replace(job, kept=False)
+    if need_weight_grad:  # a workspace too small for it is refused now, not in the backward pass
+        _default_plan(dataclasses.replace(job, stats=()), "weight", workspace_bytes)
 
     def run(plan: Plan) -> ForwardResult:
         return run_forward(job, targets, ignore_index, plan)
@@ -440,12 +442,17 @@ def _problem(job: _Job, work: str, workspace: int) -> Problem:
 def _can_keep(job: _Job, work: str, workspace: int) -> bool:
     """Whether the whole E leaves room for the rest, now and in the backward pass."""
     for each in (work, "weight"):
-        problem = _problem(job, each, workspace)
         try:
-            tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
+            _default_plan(job, each, workspace)
         except ValueError:
             return False
     return True
+
+
+def _default_plan(job: _Job, work: str, workspace: int) -> Plan:
+    """Raises ValueError if nothing fits the workspace."""
+    problem = _problem(job, work, workspace)
+    return tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
 
 
 def _device(tensor: Tensor) -> tiles.Device:

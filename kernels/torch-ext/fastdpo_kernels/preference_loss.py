@@ -328,7 +328,8 @@ def _check(
             raise ValueError(f"preference_loss: {name} must have {dims} dimension(s), got {shape}")
         if tensor.device != token_logps.device:
             raise ValueError(
-                f"preference_loss: {name} is on {tensor.device}, not on {token_logps.device}"
+                f"preference_loss: {name} is on {tensor.device}, token_logps on "
+                f"{token_logps.device}; move one to the other's device"
             )
         if not torch.compiler.is_compiling() and is_transformed(tensor):
             raise RuntimeError(TRANSFORMED)
