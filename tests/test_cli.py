@@ -292,6 +292,8 @@ def bad_rows(folder: Path, name: str) -> str:
         (["--resume_from_checkpoint", "{tmp}/none"], ["none", "does not exist"]),
         (["--output_dir", "{base}/config.yaml"], ["config.yaml", "is a file"]),
         (["--output_dir", "{base}/config.yaml/run"], ["config.yaml"]),
+        (["--output_dir", "/proc/fastdpo"], ["/proc/fastdpo", "can't be written"]),
+        (["--gpu_memory", "1KiB"], ["1.00 KiB", "the least that this run takes is"]),
         (["--output_dir", "{base}/data"], ["other files", "test.jsonl"]),
         (["--output_dir", "{base}/data", "--overwrite_output_dir"], ["other files"]),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -21,6 +22,7 @@ from fastdpo.packing import build_pack
 from fastdpo_kernels import linear_logps, preference_loss
 from fastdpo_kernels.reference import linear_logps_reference, preference_loss_reference
 from tests.tiny import tiny_llama, tiny_pairs
+from tests.tiny_trainer import LORA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -253,7 +255,9 @@ class RefuseSyncs(TrainerCallback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train(tmp_path, name: str, *, steps: int = 8, callbacks=(), **overrides) -> DPOTrainer:
+def train(
+    tmp_path, name: str, *, steps: int = 8, callbacks=(), peft_config=None, **overrides
+) -> DPOTrainer:
     options = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 8,
@@ -267,7 +271,11 @@ def train(tmp_path, name: str, *, steps: int = 8, callbacks=(), **overrides) -> 
     pairs = tiny_pairs(32, pairs_per_prompt=2, prompt_lengths=(8, 60), response_lengths=(4, 40))
     pairs = replace(pairs, columns={"label": np.arange(32) % 2.0})  # read by losses of examples
     trainer = DPOTrainer(
-        model=wide_llama(), args=config, train_dataset=pairs, callbacks=list(callbacks)
+        model=wide_llama(),
+        args=config,
+        train_dataset=pairs,
+        callbacks=list(callbacks),
+        peft_config=peft_config,
     )
     trainer.train()
     return trainer
@@ -297,6 +305,34 @@ def test_no_loss_waits_for_the_device(tmp_path, loss_type):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watch.watched == 4 and trainer.pack_stats.n_packs > 8
+
+
+PACKS = {"max_tokens_per_pack": 256}
+KINDS: dict[str, dict[str, Any]] = {
+    "several packs": PACKS,
+    "lora, adapters off": {"peft_config": LoraConfig(**LORA), **PACKS},
+    "lora, copied reference": {"peft_config": LoraConfig(**LORA), "reference": "copy"},
+    "precomputed": {"precompute_ref_log_probs": True, **PACKS},
+    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "skip, fused": {"on_nonfinite": "skip", "optim": "adamw_torch_fused", **PACKS},
+    "skip, not fused": {"on_nonfinite": "skip", "optim": "adamw_torch", **PACKS},
+    "skip, sgd": {"on_nonfinite": "skip", "optim": "sgd"},
+    "stop, not fused": {"on_nonfinite": "stop", "optim": "adamw_torch"},
+    "in backward": {"optimizer_in_backward": True, "max_grad_norm": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_run_waits_for_the_device(tmp_path, kind):
+    """As test_no_sync.py, which sees on a CPU what is read but not what is copied."""
+    watch = RefuseSyncs(first=4)
+    options = {"gradient_checkpointing": False, **KINDS[kind]}
+    try:
+        trainer = train(tmp_path, "run", callbacks=[watch], **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.watched == 4
+    assert "max_tokens_per_pack" not in options or trainer.pack_stats.n_packs > 8
 
 
 def test_training_on_the_gpu_lowers_the_loss(tmp_path):
