@@ -47,6 +47,11 @@ def _check_steps_and_memory(args: "TrainingOptions") -> None:
             f"'optimizer_in_backward' uses gradients one by one, and max_grad_norm "
             f"{args.max_grad_norm:g} needs the norm of all of them; set max_grad_norm: 0"
         )
+    if args.gradient_checkpointing_kwargs and args.gradient_checkpointing is False:
+        raise ConfigError(
+            "'gradient_checkpointing_kwargs' has no effect where gradient_checkpointing is off; "
+            "set gradient_checkpointing: full, selective or auto, or leave it out"
+        )
     if args.packing_mode not in ("auto", "shared") and args.group_by_prompt:
         raise ConfigError(
             f"'group_by_prompt' shares prompts, which packing_mode={args.packing_mode!r} does "
@@ -71,6 +76,17 @@ def _check_evaluation(args: "TrainingOptions") -> None:
         )
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise ConfigError("'save_strategy' best needs evaluations; set eval_strategy")
+    samples = [name for name in ("sample_prompts", "num_sample_prompts") if getattr(args, name)]
+    if samples and args.eval_strategy == "no" and not args.eval_on_start:
+        raise ConfigError(
+            f"{samples[0]!r} are answered at evaluations, and there are none; set eval_strategy "
+            "(or eval_on_start), or leave it out"
+        )
+    if not samples and not _is_default(args, "sample_max_new_tokens"):
+        raise ConfigError(
+            "'sample_max_new_tokens' is how long samples get, and none are asked for; set "
+            "num_sample_prompts or sample_prompts, or leave it out"
+        )
 
 
 def _check_optimizer(args: "TrainingOptions") -> None:

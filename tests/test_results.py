@@ -17,7 +17,7 @@ from fastdpo.config_files import write_yaml
 from fastdpo.errors import CheckpointError, ConfigError, DataError
 from fastdpo.model_card import MARK
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
-from tests.tiny_trainer import hidden_package, trainer
+from tests.tiny_trainer import bare_config, hidden_package, trainer
 
 REAL_API = huggingface_hub.HfApi
 PNG = b"\x89PNG"
@@ -104,7 +104,18 @@ def test_sample_prompts_of_a_file(tmp_path):
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         trainer(tmp_path, num_sample_prompts=1, **options, eval_dataset=sets["eval_dataset"])
     with pytest.raises(ConfigError, match="name a file with sample_prompts"):
-        trainer(tmp_path, num_sample_prompts=1, processing_class=tiny_tokenizer())
+        trainer(tmp_path, num_sample_prompts=1, **options, processing_class=tiny_tokenizer())
+
+
+def test_samples_that_would_never_be_written_are_refused():
+    for asked in ({"sample_prompts": "prompts.txt"}, {"num_sample_prompts": 1}):
+        (name,) = asked
+        with pytest.raises(ConfigError, match=f"'{name}' are answered at evaluations"):
+            bare_config(**asked)
+        bare_config(**asked, eval_on_start=True)
+        bare_config(**asked, eval_strategy="epoch", sample_max_new_tokens=8)
+    with pytest.raises(ConfigError, match="'sample_max_new_tokens' is how long samples get"):
+        bare_config(eval_strategy="epoch", sample_max_new_tokens=8)
 
 
 # ---- the report ---------------------------------------------------------------------------------

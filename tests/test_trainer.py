@@ -238,6 +238,8 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrnt": True},
         )
+    with pytest.raises(ConfigError, match="no effect where gradient_checkpointing is off"):
+        config(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ConfigError, match="logps_impl='triton' can't run here"):
         trainer(tmp_path, logps_impl="triton")
     with pytest.raises(MissingPackageError, match=r"fastdpo\[trackers\]"):
