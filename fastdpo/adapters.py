@@ -49,6 +49,7 @@ def lora_config(config: ModelConfig) -> LoraConfig | None:
         layers_to_transform=layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        revision=None if config.model_revision == "main" else config.model_revision,  # the base's
     )
 
 

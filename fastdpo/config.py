@@ -34,6 +34,7 @@ SHAPES_THE_RUN = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type"),
     *("f_alpha_divergence_coef", "ld_alpha", "use_weighting", "rpo_alpha", "discopop_tau"),
     *("simpo_gamma", "cpo_alpha", "use_pair_weights", "use_soft_labels", "score_margin_scale"),
+    *("desirable_weight", "undesirable_weight", "router_aux_loss_coef"),
     *("reference", "max_length", "group_by_prompt"),
     *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),

@@ -108,17 +108,18 @@ def _save_merged(
 
     from .model import load_pretrained
 
-    saved = AutoConfig.from_pretrained(base)
+    load = _load_options(run, base, options)
+    saved = AutoConfig.from_pretrained(base, **load)
     if options.get("base_precision") == "fp8":
         raise ModelError(
             "the adapter was trained on a base in 8-bit floats (base_precision: fp8), whose scales "
             "are the run's own, so nothing is left to merge into; export without --merge"
         )
-    model = load_quantized(base, options)
+    model = load_quantized(base, options, load)
     if model is None and getattr(saved, "quantization_config", None) is None:
-        model = load_pretrained(base, torch.device("cpu"), dtype="float32")
+        model = load_pretrained(base, torch.device("cpu"), dtype="float32", **load)
     elif model is None:
-        model = load_pretrained(base, torch.device("cpu"))
+        model = load_pretrained(base, torch.device("cpu"), **load)
     if getattr(model, "hf_quantizer", None) is not None:
         model = _dequantized(model)
     model = PeftModel.from_pretrained(model, str(run)).merge_and_unload(safe_merge=True)
@@ -126,8 +127,20 @@ def _save_merged(
     model.to(wanted or torch.float32).save_pretrained(str(output))
 
 
-def load_quantized(base: str, options: dict[str, Any]) -> Any | None:
+def _load_options(run: Path, base: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Which revision of `base` the adapter was trained on, and whether its code may run."""
+    revision = json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get("revision")
+    if revision is None and options.get("model_name_or_path") in (None, base):
+        init = options.get("model_init_kwargs") or {}
+        revision = init.get("revision") or options.get("model_revision")
+    trusted = bool(options.get("trust_remote_code"))
+    return {"revision": revision or "main", "trust_remote_code": trusted}
+
+
+def load_quantized(base: str, options: dict[str, Any], load: dict[str, Any]) -> Any | None:
     """`base` on the CPU as the run with these `options` quantized it; None where it did not.
+
+    load: further arguments of `from_pretrained`.
 
     Raises `MissingPackageError` without bitsandbytes.
     """
@@ -143,7 +156,9 @@ def load_quantized(base: str, options: dict[str, Any]) -> Any | None:
     if quantization is None:
         return None
     kwargs = {} if config.dtype is None else {"dtype": config.dtype}
-    return load_pretrained(base, torch.device("cpu"), quantization_config=quantization, **kwargs)
+    return load_pretrained(
+        base, torch.device("cpu"), quantization_config=quantization, **kwargs, **load
+    )
 
 
 def _dequantized(model: Any) -> Any:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapters import refuse_prompt_learning
 from .config import DPOConfig, ModelConfig
@@ -46,11 +47,12 @@ def load_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftMo
 
 def load_ref_model(config: ModelConfig, args: DPOConfig) -> PreTrainedModel | PeftModel | None:
     """The model named by `config.ref_model_name_or_path`, loaded as the policy is but for its own
-    quantization; None where none is named."""
+    quantization and revision; None where none is named."""
     if config.ref_model_name_or_path is None:
         return None
     own = replace(config, use_peft=True, load_in_4bit=config.ref_load_in_4bit, load_in_8bit=False)
     kwargs = _load_options(config, args, quantization_config(own))
+    kwargs.setdefault("revision", config.reference_revision)
     return load_pretrained(config.ref_model_name_or_path, args.device, **kwargs)
 
 
@@ -93,14 +95,14 @@ def load_policy(
 
 
 def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTrainedModel | PeftModel:
-    """`AutoModelForCausalLM.from_pretrained`; a folder with an adapter also loads its base.
+    """`AutoModelForCausalLM.from_pretrained`; of an adapter also its base.
 
     Raises `ModelError` naming what is missing, `MissingPackageError` for quantization packages.
     """
     check_exists(name)
     if kwargs.get("quantization_config") is not None:
         kwargs.setdefault("device_map", {"": device})
-    if (Path(name) / ADAPTER_CONFIG).is_file():
+    if holds_adapter(name, kwargs.get("revision")):
         return _load_adapter(name, device, **kwargs)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -112,15 +114,33 @@ def load_pretrained(name: str, device: torch.device, **kwargs: Any) -> PreTraine
 
 
 def _load_adapter(name: str, device: torch.device, **kwargs: Any) -> PeftModel:
-    base_name = json.loads((Path(name) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    """An adapter, to be trained on, over the base that its config names.
+
+    `revision` is the adapter's where it lies on the hub, and else the base's, before the one that
+    the adapter's config remembers.
+    """
+    revision = kwargs.pop("revision", None) or "main"
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    base_name = config.base_model_name_or_path
     if not base_name:
         raise ModelError(
             f"{name!r} holds an adapter whose adapter_config.json names no base model; load base "
             "and adapter with peft.PeftModel.from_pretrained and pass the model itself"
         )
-    refuse_prompt_learning(PeftConfig.from_pretrained(name))
-    base = load_pretrained(base_name, device, **kwargs)
-    return PeftModel.from_pretrained(base, name, is_trainable=True)
+    refuse_prompt_learning(config)
+    if Path(name).is_dir() and revision != "main":
+        config.revision = revision
+    base = load_pretrained(base_name, device, revision=config.revision or "main", **kwargs)
+    return PeftModel.from_pretrained(
+        base, name, config=config, revision=revision, is_trainable=True
+    )
+
+
+def holds_adapter(name: str, revision: str | None = None) -> bool:
+    """Whether the folder or hub name `name` holds an adapter, not a model."""
+    if Path(name).is_dir():
+        return (Path(name) / ADAPTER_CONFIG).is_file()
+    return find_adapter_config_file(name, revision=revision) is not None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -272,6 +292,23 @@ def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
                 plain = sorted(value) if isinstance(value, set | list | tuple) else value
                 identity[f"adapter {key}"] = json.loads(json.dumps(plain, default=str))
     return identity
+
+
+def frozen_weights(*models: nn.Module) -> str:
+    """A hash of up to 64 numbers of each weight of `models` that does not train.
+
+    A checkpoint does not hold those: a resumed run brings base and reference along again. Two
+    finetunes of one base differ in these numbers too; reading all of them would take seconds.
+    """
+    digest = hashlib.sha256()
+    for model in {id(model): model for model in models}.values():
+        for weight in model.parameters():
+            if weight.requires_grad or weight.device.type == "meta" or not weight.numel():
+                continue
+            flat = weight.data.reshape(-1)
+            some = flat[:: -(-flat.numel() // 64)].contiguous().view(torch.uint8)
+            digest.update(some.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

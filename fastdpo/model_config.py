@@ -66,6 +66,11 @@ class ModelConfig:
     ref_model_name_or_path: str | None = option(
         None, "A folder or hub name: a reference other than the policy as it starts."
     )
+    ref_model_revision: str | None = option(
+        None,
+        "Branch, tag or commit of that reference; by default model_revision where it is the same "
+        "repository, else main.",
+    )
     ref_load_in_4bit: bool = option(False, "Hold that reference in 4 bits (bitsandbytes).")
 
     def __post_init__(self) -> None:
@@ -73,8 +78,9 @@ class ModelConfig:
         self._settle_precision()
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("'load_in_8bit' and 'load_in_4bit' exclude each other; keep one")
-        if self.ref_load_in_4bit and self.ref_model_name_or_path is None:
-            raise ConfigError("'ref_load_in_4bit' needs a reference model: ref_model_name_or_path")
+        for name in ("ref_load_in_4bit", "ref_model_revision"):
+            if getattr(self, name) and self.ref_model_name_or_path is None:
+                raise ConfigError(f"{name!r} needs a reference model: ref_model_name_or_path")
         defaults = {field.name: field.default for field in fields(ModelConfig)}
         for names, needs in (
             (ADAPTER_OPTIONS, ("use_peft",)),
@@ -92,6 +98,14 @@ class ModelConfig:
                     f"{name!r} holds frozen weights, which only an adapter can train; "
                     "add use_peft: true (--use_peft)"
                 )
+
+    @property
+    def reference_revision(self) -> str:
+        """The revision that the named reference is loaded at."""
+        if self.ref_model_revision is not None:
+            return self.ref_model_revision
+        is_same = self.ref_model_name_or_path == self.model_name_or_path
+        return self.model_revision if is_same else "main"
 
     def _settle_precision(self) -> None:
         """`base_precision` in terms of `dtype`, `load_in_8bit` and `load_in_4bit`."""

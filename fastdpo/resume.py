@@ -41,6 +41,7 @@ def identity(trainer: DPOTrainer) -> dict[str, Any]:
         **model_identity(trainer.model),
         "train_dataset": ckpt.fingerprint(trainer.train_pairs),
         "reference model": trainer._reference_name,
+        "base and reference weights": trainer.frozen_weights,
         "world_size": trainer.args.world_size,
     }
 

@@ -42,6 +42,7 @@ from .logps import PackedOutput
 from .metrics import TOKEN_STATS
 from .model import (
     base_model,
+    frozen_weights,
     load_by_name,
     load_policy,
     load_pretrained_tokenizer,
@@ -147,6 +148,7 @@ class DPOTrainer(TrainerInterface):
         )
         self.model, self.packed_forward = models.policy, models.packed
         self._reference_name, self.router = models.reference.name, models.router
+        self.frozen_weights = frozen_weights(models.policy, models.reference.model)
         if self.router is not None and self.objective.has_kl:
             raise ConfigError(
                 f"loss_type {self.args.loss_type[0]}: the router's loss would count mismatched "

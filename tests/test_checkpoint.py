@@ -5,12 +5,15 @@ Kills, signals and full disks: test_resume.py.
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 
+from fastdpo.config import SHAPES_THE_RUN
 from fastdpo.errors import CheckpointError
+from fastdpo.loss_specs import SPECS
 from tests.tiny import tiny_llama, tiny_pairs
 from tests.tiny_trainer import LORA, trainer, weights
 
@@ -85,6 +88,26 @@ def test_resume_refuses_another_adapter_or_dtype(tmp_path):
         trainer(tmp_path, model=model, peft_config=LoraConfig(**LORA), **options).train(
             resume_from_checkpoint=True
         )
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
+def test_resume_refuses_another_base_or_reference(tmp_path, kind):
+    """Of the same shapes: what a checkpoint does not hold has to be brought along again."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    if kind == "lora":
+        options["peft_config"] = LoraConfig(**LORA)
+    models = [{"ref_model": tiny_llama(seed=n)} if kind == "ref_model" else {} for n in (1, 2)]
+    if kind != "ref_model":  # the reference is the model that the run began with
+        models = [{"model": tiny_llama(seed=n)} for n in (1, 2)]
+    trainer(tmp_path, **models[0], **options).train()
+    with pytest.raises(CheckpointError, match="base and reference weights: '.*' then, '.*' now"):
+        trainer(tmp_path, **models[1], **options).train(resume_from_checkpoint=True)
+
+
+def test_whatever_a_loss_takes_shapes_the_run():
+    taken = {name for spec in SPECS.values() for name in spec.parameters}
+    assert taken and taken <= set(SHAPES_THE_RUN)
+    assert "router_aux_loss_coef" in SHAPES_THE_RUN
 
 
 def test_resume_follows_new_intervals(tmp_path):
