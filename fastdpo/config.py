@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import LoggerType
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
@@ -79,11 +79,13 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         optim = self.optim
         if optim == AUTO:  # which transformers does not know
             self.optim = PLANNED["optim"]
+        trackers, self.report_to = self.report_to, ["none"]  # accelerate's, not transformers'
         try:
             TrainingArguments.__post_init__(self)
         except (ValueError, ImportError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
         self.optim = AUTO if optim == AUTO else self.optim
+        self.report_to = [] if trackers == ["none"] else trackers
         self._try_schedule()
 
     def _refuse_unsupported(self) -> None:
@@ -122,12 +124,13 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
             ) from error
 
     def _check_trackers(self) -> None:
-        known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+        known = ("all", "none", *(name for name in LoggerType.list() if name != "all"))
         for name in self.report_to:
             if name not in known:
                 raise ConfigError(
-                    f"'report_to' {name!r} is no tracker; transformers has {', '.join(known)}"
-                    f"{did_you_mean(name, known)}"
+                    f"'report_to' {name!r} is no tracker of accelerate's, which has "
+                    f"{', '.join(known)}; transformers' own callbacks go into DPOTrainer(callbacks="
+                    f"[…]){did_you_mean(name, known)}"
                 )
         if len(self.report_to) > 1 and {"all", "none"} & set(self.report_to):
             raise ConfigError(f"'report_to' mixes all or none with names: {self.report_to}")

@@ -70,7 +70,8 @@ from .run_log import MetricsFile, RunLog
 from .runtime import make_deterministic, sum_gradients_over_ranks
 from .samples import sample_prompts
 from .steps import Packer, StepPacks, StepPlan
-from .trainer_interface import TrainerInterface, tracker_callbacks
+from .trackers import Trackers
+from .trainer_interface import TrainerInterface
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +199,11 @@ class DPOTrainer(TrainerInterface):
             is_world_process_zero=self.args.process_index == 0,
         )
         self.control = TrainerControl()
+        self.trackers = Trackers(self.args)
         self.callback_handler = CallbackHandler(
             [
                 DefaultFlowCallback,
-                *tracker_callbacks(self.args.report_to),
+                *([self.trackers] if self.trackers.names else []),
                 *(callbacks or []),
             ],
             self.model,
@@ -384,6 +386,11 @@ class DPOTrainer(TrainerInterface):
         self._grad_norm: torch.Tensor | None = None
         self._saved_step = self.state.global_step if found else -1
         self.model.train()
+        with self.trackers:
+            return self._run_through()
+
+    def _run_through(self) -> TrainOutput:
+        args = self.args
         self.control = self._event("on_train_begin")
         if args.eval_on_start and self.state.global_step == 0:
             self._evaluate_and_track()

@@ -4,21 +4,19 @@ Evaluating, logging, saving, describing and uploading. `DPOTrainer` sets the att
 """
 
 import functools
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
 
 from . import saving
 from .batch import Pack
 from .config import DPOConfig
 from .data import TokenizedPairs
-from .errors import ConfigError, DataError, MissingPackageError
+from .errors import ConfigError, DataError
 from .evaluation import evaluate_pairs, note_if_best
 from .hub import push_folder
 from .logps import PackedOutput
@@ -230,16 +228,3 @@ class TrainerInterface:
 
     def _event(self, name: str) -> TrainerControl:
         return getattr(self.callback_handler, name)(self.args, self.state, self.control)
-
-
-def tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
-    """Transformers' callbacks for these trackers; `MissingPackageError` where one is absent."""
-    try:
-        if "mlflow" in report_to and find_spec("mlflow") is None:  # whose callback prints a trace
-            raise ImportError("mlflow is not installed;")
-        return [made() for made in get_reporting_integration_callbacks(report_to)]
-    except (ImportError, RuntimeError) as error:
-        raise MissingPackageError(
-            f"report_to {', '.join(report_to)}: {' '.join(str(error).split())} "
-            "pip install 'fastdpo[trackers]' brings the trackers"
-        ) from error

@@ -339,7 +339,7 @@ class TrainingOptions:
     logging_first_step: bool = option(False, "Log the first step as well.")
     disable_tqdm: bool | None = option(None, "No progress bars.")
     report_to: list[str] = option(
-        ["none"], "Trackers, through transformers' callbacks: tensorboard, wandb, all, none, …"
+        ["none"], "Trackers, through accelerate: tensorboard, wandb, mlflow, trackio, …, all, none."
     )
     project: str = option("huggingface", "Project of the tracker.")
     trackio_space_id: str | None = option(None, "Space that shows Trackio's runs.")

@@ -247,8 +247,6 @@ def test_no_option_is_dead():
         "logging_first_step",
         # DPOConfig.pairs_per_step
         *("per_device_train_batch_size", "gradient_accumulation_steps"),
-        # the trackers' callbacks
-        *("run_name", "project", "trackio_space_id"),
         "hub_strategy",  # has one value, so that others are refused
     }
     declaring = {
