@@ -22,6 +22,7 @@ from .checkpoint import set_rng_state
 from .config import DPOConfig
 from .data import TokenizedPairs
 from .errors import ConfigError, ModelError
+from .memory_kinds import by_kind, gradient_bytes, held_bytes
 from .model import base_model, is_quantized
 from .options import AUTO, parse_bytes
 from .packing import longest_pair
@@ -103,7 +104,8 @@ def job_of(models: Models, pairs: TokenizedPairs, packer: Packer, args: DPOConfi
                 if f".{reference.adapter}." in f"{name}."
             )
     elif reference.model is not policy:
-        size = sum(p.nbytes for p in reference.model.parameters())
+        own = reference.model
+        size = sum(t.nbytes for t in (*own.parameters(), *own.buffers()))
     return Job(
         spec=replace(spec_of(policy), lean_lora=args.lean_lora, fp8=args.base_precision == "fp8"),
         args=args,
@@ -151,6 +153,9 @@ class RunPlan:
     auto: list[str]
     first_steps_peak: int | None = None
     measured_peak: int | None = None
+    first_steps_memory: dict[str, int] = field(default_factory=dict)
+    measured_memory: dict[str, int] = field(default_factory=dict)
+    _gradients: int = 0
     repacked: list[int] = field(default_factory=list)
     _steps: int = 0
     _began: int = 0
@@ -193,6 +198,8 @@ class RunPlan:
             "repacked_to": self.repacked,
             "first_steps_peak_bytes": self.first_steps_peak,
             "measured_peak_bytes": self.measured_peak,
+            "first_steps_memory_bytes": self.first_steps_memory,
+            "measured_memory_bytes": self.measured_memory,
         }
 
     def write(self, folder: Path) -> None:
@@ -215,6 +222,11 @@ class RunPlan:
             self._tracker = self._tracking.enter_context(measured(trainer.model))
         return self._tracking
 
+    def before_update(self, trainer: DPOTrainer) -> None:
+        """Counts the gradients of the first few steps, which the update lets go."""
+        if self.measured_peak is None and self._steps < FIRST_STEPS:
+            self._gradients = max(self._gradients, gradient_bytes(trainer))
+
     def after_step(self, trainer: DPOTrainer) -> None:
         """Counts a step; after the first few, compares their measured peak with the one predicted
         for these very steps, and says so in one line."""
@@ -233,8 +245,11 @@ class RunPlan:
             return
         choice = replace(self.prediction.choice, max_tokens_per_pack=trainer.packer.max_tokens)
         steps = range(self._began, self._began + self._steps)
-        planned = self.planner.predict(choice, steps).peak
+        prediction = self.planner.predict(choice, steps)
+        planned = prediction.peak
         self.measured_peak, self.first_steps_peak = peak, planned
+        self.first_steps_memory = prediction.memory
+        self.measured_memory = by_kind(peak, held_bytes(trainer), self._gradients)
         short = peak > 1.1 * planned
         logger.log(
             logging.WARNING if short else logging.INFO,

@@ -101,6 +101,7 @@ def _page(runs: Sequence[Run], pictures: dict[str, Path]) -> str:
         _last_numbers(runs),
         "<h2>Over steps</h2>",
         *(_figure(name, path) for name, path in pictures.items()),
+        *(_memory(run) for run in runs),
         "<h2>Data</h2>",
         *(_data(run) for run in runs),
         *(_samples(run) for run in runs),
@@ -148,6 +149,28 @@ def _last_numbers(runs: Sequence[Run]) -> str:
             rows.append(f"<tr><td>{html.escape(key)}</td>{cells}</tr>")
     head = "".join(f"<th>{html.escape(run.label)}</th>" for run in runs)
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _memory(run: Run) -> str:
+    """The measured kinds of memory beside the plan's, of the steps that were measured."""
+    measured = run.plan.get("measured_memory_bytes")
+    if not measured:
+        return ""
+    planned = run.plan["first_steps_memory_bytes"]
+    rest = sum(size for kind, size in planned.items() if kind not in measured)
+    rows = [(kind, planned.get(kind, rest), size) for kind, size in measured.items()]
+    rows.append(("peak", sum(planned.values()), run.plan["measured_peak_bytes"]))
+    cells = "".join(
+        f'<tr><td>{html.escape(kind)}</td><td class="n">{a / 2**20:,.2f}</td>'
+        f'<td class="n">{b / 2**20:,.2f}</td></tr>'
+        for kind, a, b in rows
+    )
+    return (
+        f"<h2>Memory of {html.escape(run.label)} by kind, MiB</h2>"
+        "<p>Of the first steps. Planned: what is there at their peak. Measured: sizes of tensors, "
+        "gradients when they are whole; activations and workspace are the rest of the peak.</p>"
+        f"<table><tr><th></th><th>planned</th><th>measured</th></tr>{cells}</table>"
+    )
 
 
 def _number(value: Any) -> str:

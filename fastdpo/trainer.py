@@ -256,6 +256,8 @@ class DPOTrainer(TrainerInterface):
                 if number < len(step.packs):
                     self.control = self._event("on_substep_end")
         self._check_first_step = False
+        if self.run_plan is not None:
+            self.run_plan.before_update(self)
         self.gradients.finish()
         sum_gradients_over_ranks(self.trainable)
         if self.args.max_grad_norm:
