@@ -66,13 +66,32 @@ def apply_liger(model: PreTrainedModel) -> None:
     logger.info("layers: liger-kernel's for %s", kind)
 
 
+def wants_liger(model: PreTrainedModel, args: DPOConfig) -> bool:
+    """Whether liger-kernel's layers are to be taken: where asked for, and under `compile: auto`
+    on a GPU where the package is there and has the model. Its layers are not recorded as graphs.
+    """
+    if args.use_liger_kernel:
+        return True
+    if args.compile != "auto" or args.cuda_graphs or model.device.type != "cuda":
+        return False
+    try:
+        from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+        )
+    except ImportError:
+        return False
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
 # ---- torch.compile -----------------------------------------------------------------------------
 
 
-def wants_compile(model: PreTrainedModel, packed: PackedForwardInfo, args: DPOConfig) -> bool:
+def wants_compile(
+    model: PreTrainedModel, packed: PackedForwardInfo, args: DPOConfig, liger: bool
+) -> bool:
     """Whether the layers are to be compiled; `ConfigError` where that is asked for and can't be.
 
-    `auto` compiles where it can and says why it doesn't elsewhere.
+    `auto` compiles where it can and says why it doesn't elsewhere. liger: they are its own.
     """
     if args.compile == "off":
         return False
@@ -83,7 +102,7 @@ def wants_compile(model: PreTrainedModel, packed: PackedForwardInfo, args: DPOCo
         reason = "quantized layers break its graphs"
     elif args.compile == "auto" and args.device.type != "cuda":
         reason = "it pays on a GPU"
-    elif args.compile == "auto" and args.use_liger_kernel:
+    elif args.compile == "auto" and liger:
         reason = "liger-kernel's layers are fused already"
     if reason is None:
         return True

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .errors import DataError
+
 
 @dataclass(frozen=True)
 class TokenizedPairs:
@@ -58,6 +60,17 @@ class TokenizedPairs:
     def lengths(self) -> np.ndarray:
         """[n, 3] int64: tokens in the prompt, the chosen and the rejected response."""
         return np.diff(self.offsets).reshape(-1, 3)
+
+    def check_ids(self, n_embeddings: int, name: str) -> None:
+        """`DataError` naming the row of dataset `name` with an id that a model lacks."""
+        beyond = np.flatnonzero((self.ids < 0) | (self.ids >= n_embeddings))
+        if len(beyond):
+            pair = (np.searchsorted(self.offsets, beyond[0], "right") - 1) // 3
+            raise DataError(
+                f"{name} row {self.rows[pair]}: token id {self.ids[beyond[0]]}, and the model has "
+                f"embeddings for [0, {n_embeddings}); use its own tokenizer, or "
+                "model.resize_token_embeddings"
+            )
 
     @property
     def _starts(self) -> np.ndarray:

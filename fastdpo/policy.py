@@ -19,7 +19,7 @@ from fastdpo_kernels.impls import why_not_triton
 
 from .adapters import add_adapter, refuse_prompt_learning
 from .batch import Pack
-from .body import apply_liger, check_cuda_graphs, compile_layers, wants_compile
+from .body import apply_liger, check_cuda_graphs, compile_layers, wants_compile, wants_liger
 from .checkpointing import checkpoint_activations, checkpoint_kwargs
 from .config import DPOConfig
 from .errors import ConfigError, ModelError
@@ -123,7 +123,8 @@ def prepare_models(
         reference = NoReference(policy)
     if args.sync_ref_model:
         check_can_follow(reference, policy, args.ref_model_mixup_alpha)
-    if args.use_liger_kernel:
+    liger = wants_liger(base_model(policy), args)
+    if liger:
         apply_liger(base_model(policy))
     check_base_precision(policy, args.base_precision, args.device)
     if args.lean_lora:
@@ -132,14 +133,14 @@ def prepare_models(
     packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
     if reference.model is not policy:
         _place(reference.model, args.device)
-        if args.use_liger_kernel:
+        if liger:
             apply_liger(base_model(reference.model))
         packed_reference = _bind(reference.model, args, forward, packed.mode)
     with forward.autocast():
         router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
     if router is not None:
         logger.info("router loss: %g times load balancing", router.coefficient)
-    compiled = wants_compile(base_model(policy), packed, args)
+    compiled = wants_compile(base_model(policy), packed, args, liger)
     check_cuda_graphs(args, compiled)
     for model in {id(m): m for m in (policy, reference.model)}.values() if compiled else ():
         compile_layers(base_model(model), args.cuda_graphs)

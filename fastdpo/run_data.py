@@ -44,13 +44,18 @@ def tokenized(
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase | None,
     reports: dict[str, list[str]] | None = None,
+    n_embeddings: int | None = None,
 ) -> TokenizedPairs:
     """The pairs (or unpaired examples) of `dataset` that `objective` is of, with the columns that
-    it asks for; says what became of the rows, and adds that to `reports`
-    under `name`."""
+    it asks for; says what became of the rows, and adds that to `reports` under `name`.
+
+    n_embeddings: of the model. `DataError` for a token id that it lacks, naming the row.
+    """
     args, wanted = objective.args, objective.columns
     if isinstance(dataset, TokenizedPairs):
         require_columns(wanted, list(dataset.columns), name)
+        if n_embeddings is not None:
+            dataset.check_ids(n_embeddings, name)
         return dataset
     pairs, report = tokenize_pairs(
         dataset,
@@ -68,6 +73,8 @@ def tokenized(
         logger.info(line)
     if reports is not None:
         reports[name] = report.lines()
+    if n_embeddings is not None:
+        pairs.check_ids(n_embeddings, name)
     return pairs
 
 

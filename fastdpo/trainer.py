@@ -162,6 +162,7 @@ class DPOTrainer(TrainerInterface):
             objective=self.objective,
             tokenizer=processing_class,
             reports=self.data_reports,
+            n_embeddings=len(self.model.get_input_embeddings().weight),
         )
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
         self.eval_pairs = {

@@ -93,6 +93,7 @@ class TrainerInterface:
                 tokenized,
                 objective=self.objective,
                 tokenizer=self.processing_class,
+                n_embeddings=len(self.model.get_input_embeddings().weight),
             )
             sets = {
                 key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()

@@ -240,8 +240,9 @@ class TrainingOptions:
     )
     compile: str = option(
         "off",
-        "layers: torch.compile each decoder layer, packs padded to 8 lengths. auto: where it can "
-        "on a GPU. Unmeasured there so far, hence off.",
+        "layers: torch.compile each decoder layer, packs padded to 8 lengths. auto: on a GPU "
+        "liger-kernel's layers where it is installed and has the model, else compiled ones where "
+        "they can be. Unmeasured there so far, hence off.",
         ("auto", "off", "layers"),
     )
     cuda_graphs: bool = option(

@@ -17,6 +17,8 @@ from fastdpo.body import (
     compile_layers,
     compiled_graphs,
     pack_lengths,
+    wants_compile,
+    wants_liger,
 )
 from fastdpo.errors import ConfigError, MissingPackageError, ModelError
 from fastdpo.logps import prepare_packed_forward
@@ -273,13 +275,11 @@ def test_recorded_layers_give_the_numbers_of_eager_ones(tmp_path, monkeypatch, l
 # ---- liger-kernel --------------------------------------------------------------------------------
 
 
-def test_ligers_layers_without_its_loss(monkeypatch) -> None:
-    model: Any = tiny_llama()
-    with pytest.raises(MissingPackageError, match="pip install liger-kernel"):
-        apply_liger(model)
+def stand_in_liger(monkeypatch) -> list[dict]:
+    """A liger-kernel that has llama alone; returns what its layers are applied to."""
     package = types.ModuleType("liger_kernel.transformers")
     patches = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    calls = []
+    calls: list[dict] = []
     package._apply_liger_kernel_to_instance = lambda **kwargs: calls.append(kwargs)  # type: ignore[attr-defined]
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
     for name, module in (
@@ -288,6 +288,14 @@ def test_ligers_layers_without_its_loss(monkeypatch) -> None:
         ("liger_kernel.transformers.monkey_patch", patches),
     ):
         monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_ligers_layers_without_its_loss(monkeypatch) -> None:
+    model: Any = tiny_llama()
+    with pytest.raises(MissingPackageError, match="pip install liger-kernel"):
+        apply_liger(model)
+    calls = stand_in_liger(monkeypatch)
     with pytest.raises(ConfigError, match="its kernels need a GPU, this model is on cpu"):
         apply_liger(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
@@ -296,3 +304,25 @@ def test_ligers_layers_without_its_loss(monkeypatch) -> None:
     model.config.model_type = "rare"
     with pytest.raises(ModelError, match="no layers for 'rare'; use compile: layers"):
         apply_liger(model)
+
+
+def test_auto_takes_ligers_layers_where_it_has_the_model_and_compiles_others(monkeypatch) -> None:
+    model: Any = tiny_llama()
+    packed = prepare_packed_forward(model)
+
+    def chosen(compile: str, **options: Any) -> tuple[bool, bool]:
+        args = DPOConfig(output_dir="unused", use_cpu=True, compile=compile, **options)
+        monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+        liger = wants_liger(model, args)
+        return liger, wants_compile(model, packed, args, liger)
+
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert chosen("auto") == (False, True)  # the package isn't there
+    stand_in_liger(monkeypatch)
+    assert chosen("auto") == (True, False)
+    assert chosen("off") == (False, False)
+    assert chosen("off", use_liger_kernel=True) == (True, False)
+    assert chosen("layers") == (False, True)
+    assert chosen("auto", cuda_graphs=True) == (False, True)
+    model.config.model_type = "rare"
+    assert chosen("auto") == (False, True)

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.data_pairs import TokenizedPairs
 from fastdpo.errors import ConfigError, DataError, MissingPackageError, ModelError
 from tests.tiny import tiny_llama, tiny_mistral, tiny_pairs, tiny_rows, tiny_tokenizer
 from tests.tiny_trainer import LORA, config, losses, trainer, weights
@@ -257,3 +258,16 @@ def test_a_picture_that_cannot_be_written_costs_no_run(tmp_path, caplog):
     made.add_callback(TakeThePlace())
     assert made.train().global_step == made.state.max_steps
     assert "curves.png could not be written" in caplog.text
+
+
+def test_a_token_the_model_lacks_is_named_by_its_row(tmp_path) -> None:
+    pairs = TokenizedPairs.from_lists(
+        [[1], [2], [3]], [[4, 5], [6], [7]], [[8], [9, 90], [7, 8]], rows=[10, 11, 12]
+    )
+    says = r"train row 11: token id 90, .* embeddings for \[0, 80\); use its own tokenizer"
+    with pytest.raises(DataError, match=says):
+        trainer(tmp_path, tiny_llama(vocab_size=80), pairs)
+    made = trainer(tmp_path, tiny_llama(vocab_size=91), pairs)
+    beyond = TokenizedPairs.from_lists([[1]], [[91]], [[2]])
+    with pytest.raises(DataError, match="eval row 0: token id 91"):
+        made.evaluate(beyond)
