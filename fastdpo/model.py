@@ -274,6 +274,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def n_embeddings(model: PreTrainedModel | PeftModel) -> int:
+    """Rows of the input embedding: token ids lie below it."""
+    return len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+
+
 def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """What a resumed run must share of its model: the shapes and dtypes of the base's weights,
     and the adapter's settings under their PEFT names."""

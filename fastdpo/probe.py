@@ -21,6 +21,7 @@ from .batch import Pack
 from .data import TokenizedPairs
 from .errors import ModelError
 from .logps import PackedSettings, decoder_of, decoder_output, head_logps
+from .model import n_embeddings
 from .packing import build_pack
 from .rotary import rotary_bounds
 from .rows import gather_rows
@@ -175,7 +176,7 @@ def _probe_pairs(model: PreTrainedModel) -> TokenizedPairs:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     extra = window if window <= _LARGEST_WINDOW else 0
-    n_vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+    n_vocabulary = n_embeddings(model)
     rng = np.random.default_rng(0)
     a, b = (rng.integers(n_vocabulary, size=extra + n).tolist() for n in (9, 14))
     r = [rng.integers(n_vocabulary, size=n).tolist() for n in (5, 11, 7, 6, 1)]

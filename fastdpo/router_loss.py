@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .batch import Pack
 from .errors import ConfigError, ModelError
+from .model import n_embeddings
 from .runtime import sum_over_ranks
 
 
@@ -119,7 +120,7 @@ def make_router_loss(model: PreTrainedModel, asked: float | None) -> RouterLoss 
     coefficient = router_coefficient(model, asked)
     if not coefficient:
         return None
-    n_vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+    n_vocabulary = n_embeddings(model)
     input_ids = torch.arange(24, device=model.device)[None] % n_vocabulary
     output = model(input_ids=input_ids, use_cache=False, output_router_logits=True)
     name = type(model).__name__

@@ -47,6 +47,7 @@ from .model import (
     load_policy,
     load_pretrained_tokenizer,
     load_weights,
+    n_embeddings,
 )
 from .nonfinite import FiniteGuard, finite_or_none, grad_norm, refuse_nonfinite
 from .objective import Objective, PackLoss, ScoredPack
@@ -162,7 +163,7 @@ class DPOTrainer(TrainerInterface):
             objective=self.objective,
             tokenizer=processing_class,
             reports=self.data_reports,
-            n_embeddings=len(self.model.get_input_embeddings().weight),
+            n_embeddings=n_embeddings(self.model),
         )
         self.train_pairs = None if train_dataset is None else read(train_dataset, "train")
         self.eval_pairs = {

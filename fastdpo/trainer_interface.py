@@ -21,6 +21,7 @@ from .evaluation import evaluate_pairs, note_if_best
 from .hub import push_folder
 from .logps import PackedOutput
 from .metrics import PackStats, PreferenceMetrics
+from .model import n_embeddings
 from .model_card import write_card
 from .objective import Objective, ScoredPack
 from .policy import PackForward
@@ -93,7 +94,7 @@ class TrainerInterface:
                 tokenized,
                 objective=self.objective,
                 tokenizer=self.processing_class,
-                n_embeddings=len(self.model.get_input_embeddings().weight),
+                n_embeddings=n_embeddings(self.model),
             )
             sets = {
                 key: read(dataset, key or "eval") for key, dataset in by_name(eval_dataset).items()
