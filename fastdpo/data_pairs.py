@@ -84,6 +84,16 @@ class TokenizedPairs:
         columns = {name: values[indices] for name, values in self.columns.items()}
         return TokenizedPairs(ids, offsets, self.rows[indices], columns)
 
+    def cut(self, max_length: int) -> TokenizedPairs:
+        """The pairs with responses cut to `max_length` tokens, prompt included; without those
+        whose prompt leaves no room."""
+        keep = self.lengths[:, 0] < max_length
+        starts, lengths = self._starts[keep], self.lengths[keep]
+        lengths[:, 1:] = np.minimum(lengths[:, 1:], max_length - lengths[:, :1])
+        ids, offsets = _gather(self.ids, starts, lengths)
+        columns = {name: values[keep] for name, values in self.columns.items()}
+        return TokenizedPairs(ids, offsets, self.rows[keep], columns)
+
     @functools.cached_property
     def scored_lengths(self) -> np.ndarray:
         """[n, 2] int64: scored tokens of chosen and rejected. Behind an empty prompt nothing

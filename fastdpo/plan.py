@@ -130,7 +130,9 @@ class Planner:
 
     @functools.cached_property
     def heaviest_step(self) -> int:
-        """Most tokens that a step of the run holds."""
+        """Most tokens that a step of the run holds, as one pack of them counts."""
+        if self.job.packer.mode == "padded":  # every row is as long as the longest
+            return max(int(len(ids) * self.costs[ids].max(initial=0)) for ids in self._steps)
         return max(int(self.costs[ids].sum()) for ids in self._steps)
 
     def predict(self, choice: Choice, steps: range | None = None) -> Prediction:
@@ -165,8 +167,7 @@ class Planner:
         allowance = 0
         if job.device.cuda:
             memory[WORKSPACE] += CUBLAS_WORKSPACE
-            moving = sum(memory.values()) - memory[WEIGHTS] - memory[REFERENCE]
-            allowance = CUDA_CONTEXT + int(FRAGMENTATION * moving)
+            allowance = _allowance(memory)
         step, heaviest = max(replays, key=lambda found: found[0].total)
         return Prediction(
             choice,
@@ -180,13 +181,24 @@ class Planner:
         )
 
     def least_static(self, choice: Choice) -> int:
-        """Bytes that are there whatever the packs are: a bound that needs no replay."""
+        """Bytes that an update takes whatever the packs are: a bound that needs no replay."""
         spec = with_precision(self.job.spec, choice.base_precision)
         static = self._static(choice, spec)
-        context = CUDA_CONTEXT if self.job.device.cuda else 0
         states, _ = state_bytes(choice.optim, static.sizes)
-        at_update = sum(self._held(static).values()) + states + context
-        return max(at_update, self._making(static))
+        gradients, borrowed = self._at_update(choice, static, n_packs=1)
+        memory = self._held(static) | {STATES: states, GRADIENTS: gradients, WORKSPACE: borrowed}
+        allowance = 0
+        if self.job.device.cuda:
+            memory[WORKSPACE] += CUBLAS_WORKSPACE
+            allowance = _allowance(memory)
+        return max(sum(memory.values()) + allowance, self._making(static))
+
+    def most_saved_by_one_pack(self, choice: Choice) -> int:
+        """Bytes that a step of several packs can take at most beyond one of a single pack: the sums
+        of gradients, and beside them those of a pack."""
+        static = self._static(choice, with_precision(self.job.spec, choice.base_precision))
+        gradients, _ = self._at_update(choice, static, n_packs=2)
+        return int((1 + FRAGMENTATION) * (gradients + static.trainable))
 
     # ---- the parts ----------------------------------------------------------------------------
 
@@ -310,6 +322,12 @@ class Planner:
             bytes_moved=moved + 2 * states + 3 * static.trainable,
             host_bytes=2 * step.host_bytes * share + 2 * paged,
         )
+
+
+def _allowance(memory: dict[str, int]) -> int:
+    """Bytes that PyTorch's allocator can't use beside `memory` by kind, and CUDA itself."""
+    moving = sum(memory.values()) - memory[WEIGHTS] - memory[REFERENCE]
+    return CUDA_CONTEXT + int(FRAGMENTATION * moving)
 
 
 def with_precision(spec: TwinSpec, base_precision: str | None) -> TwinSpec:

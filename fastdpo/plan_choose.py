@@ -4,6 +4,9 @@ The order of sacrifice: first what changes no result (smaller packs down to a co
 selective and then full checkpointing, activations on the host, packs down to the longest pair, a
 smaller workspace for the log-probs), then what does: 8-bit and paged optimizer states, and last a
 base held in 8 or 4 bits. The first that fits is taken; options that were given are never changed.
+
+Smaller packs do not always take less: a step of several holds the sums of its gradients while the
+later ones run, in fp32. So every choice is tried with a step in one pack as well.
 """
 
 from __future__ import annotations
@@ -12,11 +15,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .config import to_plain
-from .errors import ConfigError, DataError
-from .plan import Choice, Planner, Prediction, state_bytes
-from .plan_device import show_bytes
+from .options import AUTO
+from .plan import Choice, Planner, Prediction
 
-AUTO = "auto"
 COMFORTABLE = 4096  # tokens that keep a GPU busy; below, checkpointing costs less than small packs
 MOST_TOKENS = 16384  # nothing is gained beyond
 UNBOUNDED = Choice(8192)  # what `auto` means where no memory was given: the options' old defaults
@@ -32,22 +33,26 @@ def choose(planner: Planner, memory: int | None) -> Prediction:
     Raises `ConfigError` with the least that the run needs and what would fit; `DataError` where a
     single pair is what can't fit, naming its row.
     """
-    options = _options(planner)
+    options = options_of(planner)
     if memory is None:
         return planner.predict(_usual(planner, options))
+    tried: list[Prediction] = []
     for precision in options["base_precision"]:
         for optim in options["optim"]:
             start = Choice(1, optim=optim, base_precision=precision)
             if planner.least_static(start) > memory:
                 continue
             for choice, floor in _exact_sacrifices(planner, start, options):
-                found = _largest_packs(planner, choice, floor, memory)
+                found = _largest_packs(planner, choice, floor, memory, tried)
                 if found is not None:
                     return found
-    raise _impossible(planner, options, memory)
+    from .plan_advice import impossible
+
+    tried = [*least_candidates(planner, options), *tried]
+    raise impossible(planner, min(tried, key=lambda one: one.total), memory)
 
 
-def _options(planner: Planner) -> dict[str, list]:
+def options_of(planner: Planner) -> dict[str, list]:
     """Each option's values in the order of sacrifice: a given one has but itself."""
     args, job = planner.job.args, planner.job
     checkpointing = list(CHECKPOINTING)
@@ -78,15 +83,31 @@ def _usual(planner: Planner, options: dict[str, list]) -> Choice:
 
     tokens = planner.job.args.max_tokens_per_pack
     if tokens == AUTO:
-        tokens = max(UNBOUNDED.max_tokens_per_pack, planner.longest[1])
+        tokens = max(UNBOUNDED.max_tokens_per_pack, _fewest_tokens(planner))
     return Choice(tokens, **{name: usual(name) for name in options})
+
+
+def _fewest_tokens(planner: Planner) -> int:
+    """The smallest packs that a run can have: its longest pair's, or one that holds a step."""
+    if planner.job.args.optimizer_in_backward:  # which takes no step of several packs
+        return planner.heaviest_step
+    return planner.longest[1]
+
+
+def least_candidates(planner: Planner, options: dict[str, list]) -> Iterator[Prediction]:
+    """What may take least: the last value of each option, in the smallest packs or in one."""
+    last = Choice(1, **{name: values[-1] for name, values in options.items()})
+    given = planner.job.args.max_tokens_per_pack
+    lengths = {_fewest_tokens(planner), planner.heaviest_step} if given == AUTO else {given}
+    for tokens in sorted(lengths):
+        yield planner.predict(replace(last, max_tokens_per_pack=tokens))
 
 
 def _exact_sacrifices(
     planner: Planner, start: Choice, options: dict[str, list]
 ) -> Iterator[tuple[Choice, int]]:
     """(choice without its packs, least tokens a pack) in the order of sacrifice."""
-    longest = planner.longest[1]
+    longest = _fewest_tokens(planner)
     comfortable = max(longest, min(COMFORTABLE, planner.heaviest_step))
     workspaces = options["logps_workspace_bytes"]
     offloads = options["activation_offloading"]
@@ -101,23 +122,31 @@ def _exact_sacrifices(
         yield replace(choice, logps_workspace_bytes=workspace), longest
 
 
-def _largest_packs(planner: Planner, choice: Choice, floor: int, memory: int) -> Prediction | None:
-    """The prediction with the largest packs from `floor` tokens on that fits, if any does.
+def _largest_packs(
+    planner: Planner, choice: Choice, floor: int, memory: int, tried: list[Prediction]
+) -> Prediction | None:
+    """The prediction with the largest packs from `floor` tokens on that fits, if any does; else
+    that of a step in one pack, if it fits. Whatever is predicted joins `tried`.
 
     Memory grows nearly in proportion to a pack's tokens, so a few straight lines find it.
     """
-    given = planner.job.args.max_tokens_per_pack
-    if given != AUTO:
-        prediction = planner.predict(replace(choice, max_tokens_per_pack=given))
-        return prediction if prediction.total <= memory else None
-    low, high = floor, max(floor, min(planner.heaviest_step, MOST_TOKENS))
 
     def at(tokens: int) -> Prediction:
-        return planner.predict(replace(choice, max_tokens_per_pack=tokens))
+        tried.append(planner.predict(replace(choice, max_tokens_per_pack=tokens)))
+        return tried[-1]
 
+    given = planner.job.args.max_tokens_per_pack
+    if given != AUTO:
+        prediction = at(given)
+        return prediction if prediction.total <= memory else None
+    whole = planner.heaviest_step
+    low, high = floor, max(floor, min(whole, MOST_TOKENS))
     best = at(low)
     if best.total > memory:
-        return None
+        if low >= whole or best.total - planner.most_saved_by_one_pack(choice) > memory:
+            return None
+        one = at(whole)
+        return one if one.total <= memory else None
     above = at(high)
     if above.total <= memory:
         return above
@@ -127,60 +156,12 @@ def _largest_packs(planner: Planner, choice: Choice, floor: int, memory: int) ->
         slope = max(above.total - best.total, 1) / (high - low)
         tokens = low + int(0.98 * (memory - best.total) / slope)
         tokens = min(max(tokens // 64 * 64, low + 1), high - 1)
-        tried = at(tokens)
-        if tried.total <= memory:
-            low, best = tokens, tried
+        middle = at(tokens)
+        if middle.total <= memory:
+            low, best = tokens, middle
         else:
-            high, above = tokens, tried
+            high, above = tokens, middle
     return best
-
-
-def _impossible(planner: Planner, options: dict[str, list], memory: int) -> ConfigError | DataError:
-    """What to say where nothing fits: the least, and what would do."""
-    row, longest = planner.longest
-    given = planner.job.args.max_tokens_per_pack
-    tokens = longest if given == AUTO else given
-    least = planner.predict(Choice(tokens, **{name: of[-1] for name, of in options.items()}))
-    static = planner.least_static(least.choice)
-    wants = f"the least that this run takes is {show_bytes(least.total)} ({describe(least.choice)})"
-    ways = []
-    freed = _freed(planner, options, longest)
-    if freed.total < least.total:
-        fits = "fits" if freed.total <= memory else f"takes {show_bytes(freed.total)}"
-        changed = [
-            name for name in options if getattr(freed.choice, name) != getattr(least.choice, name)
-        ]
-        changed += ["max_tokens_per_pack"] if tokens > longest else []
-        ways.append(f"with {', '.join(changed)} on auto it {fits}")
-    if static < memory:
-        per_token = _dynamic(least) / max(least.pack_tokens, 1)
-        room = int((memory - static) / per_token)
-        ways.append(f"pairs of up to about {room} tokens would fit: see max_length")
-        if tokens == longest and planner.job.rows_are_real:
-            return DataError(
-                f"row {row}: its pair of {longest} tokens can't fit in {show_bytes(memory)}; "
-                f"{wants}; {'; '.join(ways)}"
-            )
-    else:
-        ways.append(f"weights and optimizer alone take {show_bytes(static)}")
-    return ConfigError(f"'gpu_memory' {show_bytes(memory)}: {wants}; {'; '.join(ways)}")
-
-
-def _dynamic(prediction: Prediction) -> int:
-    fixed = ("weights", "adapters", "optimizer states", "reference")
-    return sum(size for kind, size in prediction.memory.items() if kind not in fixed)
-
-
-def _freed(planner: Planner, options: dict[str, list], longest: int) -> Prediction:
-    """The least that the run would take with every option on `auto`."""
-    job = planner.job
-    choice = Choice(longest, True, True, OPTIMIZERS[-1], None, WORKSPACES[-1])
-    if not job.device.cuda or state_bytes(options["optim"][-1], ((4096, 8192),))[0] == 0:
-        choice = replace(choice, optim=options["optim"][-1])
-    precision = options["base_precision"][-1]
-    if precision is None and job.spec.peft_config is not None and job.spec.bits is None:
-        precision = PRECISIONS[-1]
-    return planner.predict(replace(choice, base_precision=precision))
 
 
 def describe(choice: Choice) -> str:

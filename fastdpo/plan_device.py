@@ -6,6 +6,7 @@ is a lower bound on time, not a promise.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -81,10 +82,12 @@ def present_device(device: torch.device) -> Device:
     return Device(name, True, min(total, free + ours), *rates)
 
 
-def show_bytes(size: int) -> str:
-    """Three digits or so, in GiB, MiB or KiB."""
+def show_bytes(size: int, up: bool = False) -> str:
+    """Three digits or so, in GiB, MiB or KiB; up: never less than `size`, as a budget has to be."""
     for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
+            if up:
+                return f"{math.ceil(100 * size / factor) / 100:.2f} {unit}"
             return f"{size / factor:.2f} {unit}"
     return f"{size} B"
 

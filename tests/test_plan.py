@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, TrainerCallback
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.cli import main
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.options import parse_bytes
+from fastdpo.options import AUTO, parse_bytes
 from fastdpo.packing import build_pack, longest_pair
 from fastdpo.plan import Choice, Job, Planner, Prediction, state_bytes
 from fastdpo.plan_choose import choose
@@ -214,17 +216,105 @@ def test_what_was_given_is_never_changed(law):
     assert "gradient_checkpointing" in message and "on auto it fits" in message
 
 
+@pytest.fixture
+def light(law, monkeypatch):
+    """A step's activations take less than the fp32 sums of gradients: 160e6 parameters, so 0.6 GiB
+    of sums beside 0.3 GiB of gradients in bf16; a step of 16,000 tokens at most 0.3 GiB."""
+    for how, size in BYTES_PER_TOKEN.items():
+        monkeypatch.setitem(BYTES_PER_TOKEN, how, size // 20)
+
+
+def test_a_step_in_one_pack_is_taken_where_several_would_take_more(light):
+    planner = planner_for(full=True)
+    whole = planner.heaviest_step
+    assert whole > 4096  # several packs would be comfortable
+    best = Choice(whole, "selective")
+    one = planner.predict(best)
+    assert one.n_packs == 1
+    least = Choice(planner.longest[1], True, True, logps_workspace_bytes=2**24)
+    assert planner.predict(least).total > one.total
+    assert choose(planner, one.total).choice == best
+
+
+def minimum_of(planner: Planner, memory: int) -> int:
+    """What the error for a budget of `memory` says is the least."""
+    with pytest.raises((ConfigError, DataError)) as caught:
+        choose(planner, memory)
+    text = str(caught.value).partition("the least that this run takes is ")[2]
+    return parse_bytes(text.partition(" (")[0])
+
+
+@pytest.mark.parametrize("laws", ["law", "light"])
+@pytest.mark.parametrize("options", [{}, {"optimizer_in_backward": True, "max_grad_norm": 0}])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_minimum_that_is_printed_is_enough_and_no_less_is(request, laws, options, full):
+    request.getfixturevalue(laws)
+    planner = planner_for(full, **options)
+    minimum = minimum_of(planner, 2**20)
+    found = choose(planner, minimum)
+    assert found.total <= minimum
+    if options:
+        assert found.n_packs == 1  # training would refuse several
+    assert minimum_of(planner, int(0.99 * minimum)) == minimum  # two digits behind the point
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_max_length_that_is_advised_fits(law, monkeypatch, full):
+    """From a budget that hardly lacks to one that no length meets, of which none is then said."""
+    for how, size in BYTES_PER_TOKEN.items():  # so that a whole model's step is least in one pack
+        monkeypatch.setitem(BYTES_PER_TOKEN, how, size // 3 if full else size)
+    planner = planner_for(full)
+    minimum = minimum_of(planner, 2**20)
+    advised = []
+    for share in (0.99, 0.9, 0.8, 0.5):
+        memory = int(share * minimum)
+        with pytest.raises((ConfigError, DataError)) as caught:
+            choose(planner, memory)
+        found = re.search(r"with max_length (\d+) it fits", str(caught.value))
+        advised.append(int(found[1]) if found else 0)
+        if found:
+            pairs = planner.job.pairs.cut(advised[-1])
+            assert pairs.lengths[:, :2].sum(axis=1).max() == advised[-1]
+            assert choose(Planner(replace(planner.job, pairs=pairs)), memory).total <= memory
+    assert advised == sorted(advised, reverse=True)
+    assert advised[0] > 100 and advised[-1] == 0
+
+
+def test_where_no_length_helps_another_way_to_train_is_named(law):
+    """Weights and gradients take 0.6 GiB: within 0.6 of that the weights alone do fit, but no
+    gradient of them all."""
+    planner = planner_for(full=True)
+    static = planner.least_static(Choice(1, True, True, "paged_adamw_8bit"))
+    memory = static - 2**24
+    with pytest.raises(ConfigError, match="weights, gradients and optimizer alone take") as caught:
+        choose(planner, memory)
+    message = str(caught.value)
+    assert "max_length" not in message and "with use_peft true and base_precision" in message
+    words = message.partition("base_precision ")[2].split()[0]
+    adapter = planner_for(logps_workspace_bytes=2**24)
+    lora = replace(adapter.job, base_precision=AUTO)
+    chosen = choose(Planner(lora), memory).choice
+    assert ("bf16", "8bit", "4bit").index(str(chosen.base_precision)) <= (
+        "bf16",
+        "8bit",
+        "4bit",
+    ).index(words)
+
+
 def test_an_impossible_budget_says_the_minimum_and_what_would_fit(law):
     planner = planner_for(full=True)
     least = Choice(planner.longest[1], True, True, "paged_adamw_8bit", None, 2**24)
-    minimum = show_bytes(planner.predict(least).total)
-    with pytest.raises(ConfigError, match="weights and optimizer alone take") as caught:
+    minimum = show_bytes(planner.predict(least).total, up=True)
+    alone = "weights, gradients and optimizer alone take"
+    with pytest.raises(ConfigError, match=alone) as caught:
         choose(planner, planner.least_static(least) // 2)
     assert f"the least that this run takes is {minimum}" in str(caught.value)
-    # A little less than the minimum: the longest pair is what can't fit.
+    # A little less than the minimum of adapters: the longest pair is what can't fit.
+    planner = planner_for()
+    least = replace(least, base_precision="4bit")
     with pytest.raises(DataError, match=rf"row {planner.longest[0]}: its pair of") as caught:
         choose(planner, planner.predict(least).total - 2**24)
-    assert "tokens would fit: see max_length" in str(caught.value)
+    assert re.search(r"with max_length \d+ it fits", str(caught.value))
 
 
 def test_selective_checkpointing_and_offload_lie_between_nothing_and_full():
