@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,14 @@ import torch
 from .errors import ConfigError, ModelError
 from .model_config import ModelConfig
 from .options import AUTO, Bound, Option, check, parse_bytes
-from .plan_device import Device, known_device, present_device, show_bytes
+from .plan_device import (
+    Device,
+    cpu_flops,
+    known_device,
+    nearest_in_memory,
+    present_device,
+    show_bytes,
+)
 from .script_arguments import ScriptArguments
 from .training_options import PLANNED
 
@@ -36,7 +44,8 @@ logps_workspace_bytes. Needs no weights and no GPU; without a dataset_name every
 as long as max_length allows.
 
   --gpu NAME      a GPU of the table (H100, A100-40GB, L4, …): its memory and its rates
-  --gpu_memory    the memory that the run may take, instead of that GPU's or this machine's
+  --gpu_memory    the memory that the run may take, instead of that GPU's or this machine's; without
+                  --gpu or a GPU here, its rates are those of the table's nearest in memory
   --flops         bf16 operations per second, for the time of a step, such as 3.1e14
 
 The other options are those of `fastdpo train --help`. Order of sacrifice, where memory is short:
@@ -97,12 +106,19 @@ def _device(own: dict[str, str], gpu_memory: Any) -> Device:
         device = Device("a GPU", True)
     else:
         device = present_device(torch.device("cpu"))
-    flops, memory = device.flops, device.memory
+    if gpu_memory is not None:
+        device = replace(device, memory=parse_bytes(str(gpu_memory)))
     if "flops" in own:
         flops = check(Option("--flops", (float,), bound=Bound(above=0)), own["flops"])
-    if gpu_memory is not None:
-        memory = parse_bytes(str(gpu_memory))
-    return Device(device.name, device.cuda, memory, flops, device.bandwidth)
+        return replace(device, flops=flops)
+    if device.flops is not None:
+        return device
+    if not device.cuda:
+        return replace(device, flops=cpu_flops())
+    assert device.memory is not None
+    like = nearest_in_memory(device.memory)
+    name = f"{device.name}, taken to be as fast as the {like.name}"
+    return replace(device, name=name, flops=like.flops, bandwidth=like.bandwidth)
 
 
 def job_of_config(
@@ -277,13 +293,11 @@ def table(
         f"longest pair: {tokens} tokens ({of}); heaviest pack: {prediction.pack_tokens} tokens; "
         f"packs a step: up to {prediction.n_packs}",
     ]
-    if prediction.seconds is None:
-        lines.append("time per step: unknown; name a device with --gpu, or its rate with --flops")
-    else:
-        lines.append(
-            f"time per step: at least {prediction.seconds:.3g} s (a roofline: every operation at "
-            "the device's full rate)"
-        )
+    assert prediction.seconds is not None  # the command always has a rate
+    lines.append(
+        f"time per step: at least {prediction.seconds:.3g} s (a roofline: every operation at the "
+        "device's full rate)"
+    )
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,24 @@ def known_device(name: str) -> Device:
         f"'--gpu' {name!r} is not in the table{did_you_mean(name, DEVICES)}; it has "
         f"{', '.join(DEVICES)}; for another give --gpu_memory and --flops"
     )
+
+
+def nearest_in_memory(memory: int) -> Device:
+    """The device of the table whose memory is nearest to `memory` bytes; of equals the slowest."""
+    distance = {name: abs(row[0] * GIB - memory) for name, row in DEVICES.items()}
+    return known_device(min(DEVICES, key=lambda name: (distance[name], DEVICES[name][1])))
+
+
+def cpu_flops() -> float:
+    """fp32 operations per second of this machine's products, timed on one of a few milliseconds."""
+    n = 512
+    a = torch.ones(n, n)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
 
 
 def _plain(name: str) -> str:

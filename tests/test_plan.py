@@ -368,6 +368,19 @@ def test_the_command_needs_no_weights_and_no_dataset(tmp_path, capsys):
     assert "longest pair: 253 tokens (assumed, at max_length)" in printed  # 1 + 2 * 126
     assert main([*words, "--gpu_memory", "300MiB"]) == 2
     assert "the least that this run takes is" in capsys.readouterr().err
+    words = [word for word in words if word not in ("--gpu", "L4")]
+    for memory, like in (("24GiB", "RTX 3090"), ("80GiB", "A100"), ("16GiB", "A10G")):
+        assert main([*words, "--gpu_memory", memory]) == 0
+        printed = capsys.readouterr().out
+        assert f"on a GPU, taken to be as fast as the {like}, " in printed
+        assert "time per step: at least" in printed
+    assert main([*words, "--gpu_memory", "16GiB", "--flops", "1e12"]) == 0
+    printed = capsys.readouterr().out
+    assert "taken to be" not in printed and "time per step: at least" in printed
+    if not torch.cuda.is_available():
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "on this CPU, no budget" in printed and "time per step: at least" in printed
     assert main(["plan", "--model_name_or_path", str(tmp_path / "model"), "--gpu", "H1000"]) == 2
     assert "did you mean 'H100'" in capsys.readouterr().err
 
