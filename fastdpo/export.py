@@ -7,6 +7,7 @@ the result is the model that was trained. Nothing is trained.
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from .errors import CheckpointError, ConfigError, ModelError
 from .help import CommandParser
 from .model_card import Card, write_card
 from .run_folder import CONFIG_FILE, METRICS_FILE, RESULT_FILES, checkpoints
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -114,6 +117,12 @@ def _save_merged(
         raise ModelError(
             "the adapter was trained on a base in 8-bit floats (base_precision: fp8), whose scales "
             "are the run's own, so nothing is left to merge into; export without --merge"
+        )
+    if "model_name_or_path" not in options:
+        logger.warning(
+            "export: this run was made in Python, which leaves no record of how its base was "
+            "loaded; the adapter goes into the weights as %s has them",
+            base,
         )
     model = load_quantized(base, options, load)
     if model is None and getattr(saved, "quantization_config", None) is None:
