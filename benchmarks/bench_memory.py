@@ -48,7 +48,8 @@ CASES = [
 
 
 class AllocatedPeak(TrainerCallback):
-    """Most bytes allocated at once beyond those that were when training began."""
+    """Most bytes allocated at once beyond those that were when training began, by PyTorch's own
+    profiler: it sees every allocation, those inside kernels too."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)

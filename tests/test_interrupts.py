@@ -1,13 +1,10 @@
 """SIGTERM to a run of two ranks: both stop after the same step, and its checkpoint is whole."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import torch
 
-from tests.test_distributed import ROOT
+from tests.ranks import run_on_two_ranks
 from tests.test_resume import exact, same
 
 SCRIPT = """
@@ -76,18 +73,7 @@ torch.save(results, folder / f"{rank}.pt")
 
 
 def test_a_signal_stops_all_ranks_after_one_step(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels/torch-ext")])
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(SCRIPT, tmp_path)
     ranks: list[dict[str, Any]] = [
         torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
     ]

@@ -1,6 +1,5 @@
 """The plan: predicted peaks against measured ones, the order of sacrifice, and what a run does."""
 
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -9,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, TrainerCallback
+from transformers import LlamaConfig
 
+from benchmarks.bench_memory import AllocatedPeak
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.cli import main
 from fastdpo.errors import ConfigError, DataError, ModelError
@@ -57,22 +56,6 @@ def config(tmp_path, **options) -> DPOConfig:
     return DPOConfig(**{**base, **options})
 
 
-class PeakOfRun(TrainerCallback):
-    """The peak of bytes that all steps allocate beyond what is there when training begins, by
-    PyTorch's own profiler: it sees every allocation, those inside kernels too."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self.profile.__enter__()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.profile.__exit__(None, None, None)
-        found: Any = self.profile.profiler
-        events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
-        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-        self.peak = max(itertools.accumulate(sizes))
-
-
 def beyond_weights(prediction: Prediction) -> int:
     """Bytes at the predicted peak that are not there when training begins."""
     kept = ("weights", "adapters", "reference")
@@ -81,7 +64,7 @@ def beyond_weights(prediction: Prediction) -> int:
 
 def run_measured(tmp_path, model, lora: bool, **options: Any) -> tuple[DPOTrainer, int]:
     """A run of four steps, in two epochs, and its peak beyond weights."""
-    watch = PeakOfRun()
+    watch = AllocatedPeak()
     trainer = DPOTrainer(
         model=model,
         args=config(
@@ -93,7 +76,7 @@ def run_measured(tmp_path, model, lora: bool, **options: Any) -> tuple[DPOTraine
         callbacks=[watch],
     )
     trainer.train()
-    return trainer, watch.peak
+    return trainer, watch.bytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])

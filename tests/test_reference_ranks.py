@@ -1,9 +1,6 @@
 """Reference log-probs on two real ranks: each computes its share, both end with all, and the cache
 that they wrote together serves the next run whole."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ import numpy as np
 import torch
 
 from fastdpo.reference_cache import stored_references
-from tests.test_distributed import ROOT
+from tests.ranks import run_on_two_ranks
 from tests.tiny import tiny_pairs
 from tests.tiny_trainer import trainer
 
@@ -51,18 +48,7 @@ torch.save((counts, values, losses), f"{folder}/{args.process_index}.pt")
 
 
 def test_two_ranks_compute_and_cache_together(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels/torch-ext")])
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(SCRIPT, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     alone: Any = trainer(
         tmp_path / "alone",
