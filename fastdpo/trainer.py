@@ -90,7 +90,8 @@ class DPOTrainer(TrainerInterface):
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; by default the one saved with the model.
         peft_config: adds a new adapter to `model` and trains only that.
-        callbacks: transformers `TrainerCallback`s.
+        callbacks: transformers `TrainerCallback`s. A substep is a pack whose gradient has been
+            added, so `on_substep_end` comes once for every pack of a step but its last.
         optimizers: an optimizer and a scheduler to use instead of those that `args` name.
         quantization_config: for a `model` given by name: how transformers quantizes it.
 
@@ -255,8 +256,7 @@ class DPOTrainer(TrainerInterface):
                 (loss,) = self.objective([scored], step.mean_chosen_length, grad=True)
                 self._count(scored, loss)
                 self._backward(output, loss, step, self._router_grad([output], step))
-                if number < len(step.packs):
-                    self.control = self._event("on_substep_end")
+                self._end_substep(number, step)
         self._check_first_step = False
         if self.run_plan is not None:
             self.run_plan.before_update(self)
@@ -327,11 +327,19 @@ class DPOTrainer(TrainerInterface):
         router_grad = self._router_grad([output for _, output in both], step)
         if rng is not None:
             ckpt.set_rng_state(rng)
-        for one, loss, pack in zip(scored, losses, trained, strict=True):
+        parts = zip(scored, losses, trained, strict=True)
+        for number, (one, loss, pack) in enumerate(parts, 1):
             router = router_grad is not None
             output = self._forward.with_stats(self.model, pack, (), router)
             self._count(one, loss)
             self._backward(output, loss, step, router_grad)
+            self._end_substep(number, step)
+
+    def _end_substep(self, number: int, step: StepPacks) -> None:
+        """After the gradient of the step's pack `number` of 1, 2, …; the last one's end is the
+        step's, as in transformers."""
+        if number < len(step.packs):
+            self.control = self._event("on_substep_end")
 
     def _count(self, scored: ScoredPack, loss: PackLoss) -> None:
         """Before the backward pass, which may update weights already (optimizer_in_backward)."""

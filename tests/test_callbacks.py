@@ -45,12 +45,26 @@ def test_every_event_of_a_run_in_order(tmp_path):
     assert [step for name, step in seen if name == "step_end"] == [1, 2, 3, 4]
 
 
-def test_a_pack_is_a_substep(tmp_path):
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_a_pack_is_a_substep(tmp_path, monkeypatch, loss_type):
+    """aot looks at all packs first: only the pass with gradients is made of substeps."""
     seen: list[tuple[str, int]] = []
-    made = trainer(tmp_path, callbacks=[spy(seen)], max_tokens_per_pack=96, max_steps=2)
+    made = trainer(
+        tmp_path, callbacks=[spy(seen)], loss_type=loss_type, max_tokens_per_pack=96, max_steps=2,
+    )  # fmt: skip
+    backward, done = made._backward, []
+
+    def noted(*args: Any) -> None:
+        backward(*args)
+        done.append(len(seen))
+
+    monkeypatch.setattr(made, "_backward", noted)
     made.train()
-    n_substeps = sum(name == "substep_end" for name, _ in seen)
-    assert n_substeps == made.pack_stats.n_packs - 2 > 0  # the last one of a step is its end
+    assert made.objective.needs_whole_step == (loss_type != "sigmoid")
+    after = [seen[place][0] for place in done]  # what came first after each pack's gradient
+    assert after.count("pre_optimizer_step") == 2  # the last pack of a step is its end
+    assert after.count("substep_end") == len(after) - 2 == made.pack_stats.n_packs - 2 > 0
+    assert [name for name, _ in seen].count("substep_end") == len(after) - 2
 
 
 def test_flags_that_a_callback_sets_are_obeyed(tmp_path):
