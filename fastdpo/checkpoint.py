@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "fastdpo_state.json"
 FORMAT = 1
-"""Of the folder and the manifest; one more where an older fastdpo could not read them."""
+"""Of the folder, the manifest and the state in it; one more where an older fastdpo could not read
+them. What a newer one also records, of a run's identity, an older one's checkpoints lack."""
 
 
 class TornCheckpoint(CheckpointError):
@@ -47,6 +48,7 @@ class ResumeState:
     sums: dict[str, Any]  # what was counted so far: of metrics, of packs
     identity: dict[str, Any]
     reference: dict[str, Any] | None = None  # where it moves with the policy
+    written_by: str = __version__  # which fastdpo
 
 
 # ---- finding ------------------------------------------------------------------------------------
@@ -158,6 +160,7 @@ def load_checkpoint(folder: Path) -> ResumeState:
         sums=moment["sums"],
         identity=manifest["identity"],
         reference=reference,
+        written_by=str(manifest.get("fastdpo")),
     )
 
 
@@ -197,19 +200,39 @@ def _torn(name: str, what: str) -> TornCheckpoint:
     return TornCheckpoint(f"{name} is damaged: {what}; resume an earlier checkpoint")
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """A run resumes only on its own options, data and model; names the keys that differ."""
+def check_identity(
+    saved: ResumeState, current: dict[str, Any], folder: Path, newer: Collection[str] = ()
+) -> None:
+    """A run resumes only on its own options, data and model; names the keys that differ.
+
+    newer: keys that an earlier fastdpo or PEFT did not record yet, so that a checkpoint without
+        them may be this run's; a warning names those that can't be checked.
+    """
+    then = saved.identity
+    unknown = sorted(key for key in newer if key in current and key not in then)
     differing = sorted(
-        key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key)
+        key
+        for key in then.keys() | current.keys()
+        if key not in unknown and then.get(key) != current.get(key)
     )
+    way = "start afresh in another output_dir with the checkpoint as the model"
     if differing:
         shown = "; ".join(
-            f"{key}: {saved.get(key)!r} then, {current.get(key)!r} now" for key in differing[:4]
+            f"{key}: {then.get(key)!r} then, {current.get(key)!r} now" for key in differing[:4]
         )
         more = f"; and {', '.join(differing[4:])}" if len(differing) > 4 else ""
         raise CheckpointError(
             f"checkpoint {str(folder)!r} belongs to another run ({shown}{more}); restore them, or "
-            "start afresh in another output_dir with the checkpoint as the model"
+            f"{way}"
+        )
+    if unknown:
+        logger.warning(
+            "checkpoint %r was written by an earlier fastdpo (%s) or PEFT and does not record: %s; "
+            "it is resumed without checking that. If it may differ now, stop, and restore it or %s",
+            str(folder),
+            saved.written_by,
+            ", ".join(unknown),
+            way,
         )
 
 

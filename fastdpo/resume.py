@@ -8,29 +8,34 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
+from . import __version__, saving
 from . import checkpoint as ckpt
-from . import saving
 from .errors import CheckpointError
 from .interrupts import Interrupted
 from .metrics import PackStats
 from .model import load_weights, model_identity
 from .nonfinite import refuse_nonfinite
+from .options import default_of
 from .reference_sync import load_reference_state, reference_state
 from .run_folder import SAMPLES_FILE, prepare_output_dir, tidy
 from .runtime import sum_over_ranks, wait_for_ranks
 from .samples import SamplesFile
+from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = "base and reference weights"
 
 
 def identity(trainer: DPOTrainer) -> dict[str, Any]:
@@ -41,9 +46,23 @@ def identity(trainer: DPOTrainer) -> dict[str, Any]:
         **model_identity(trainer.model),
         "train_dataset": ckpt.fingerprint(trainer.train_pairs),
         "reference model": trainer._reference_name,
-        "base and reference weights": trainer.frozen_weights,
+        WEIGHTS: trainer.frozen_weights,
         "world_size": trainer.args.world_size,
     }
+
+
+def newer_keys(current: dict[str, Any]) -> list[str]:
+    """Those of `current` that the checkpoint of an earlier fastdpo or PEFT may lack and be this
+    run's all the same: what an option or a setting of the adapter does at its default, which is
+    what was done before there was one, and a hash that was not taken yet."""
+    defaults = {f.name: default_of(f) for f in fields(TrainingOptions)}
+    return [
+        key
+        for key, value in current.items()
+        if key == WEIGHTS
+        or (key in defaults and value == defaults[key])
+        or (key.startswith("adapter ") and not value)
+    ]
 
 
 def take(trainer: DPOTrainer) -> ckpt.ResumeState:
@@ -82,12 +101,14 @@ def put_back(trainer: DPOTrainer, found: list[Path]) -> None:
     """
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
     folder, saved = ckpt.load_newest(found)
-    ckpt.check_identity(saved.identity, identity(trainer), folder)
+    current = identity(trainer)
+    ckpt.check_identity(saved, current, folder, newer_keys(current))
     if not saved.optimizer:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} was written with save_only_model, so it has no "
             "optimizer to resume; start afresh with it as the model"
         )
+    sums = _sums(saved, trainer, folder)
     try:
         load_weights(trainer.model, folder)
         if saved.reference is not None:
@@ -100,20 +121,49 @@ def put_back(trainer: DPOTrainer, found: list[Path]) -> None:
             f"checkpoint {str(folder)!r} does not fit this model or optimizer: {error}"
         ) from error
     trainer.state = _fitted(saved.trainer_state, trainer)
-    trainer.place = tuple(saved.sums["place"])
-    trainer.guard.n_bad = saved.sums["skipped steps"]
+    trainer.place, trainer.guard.n_bad = sums.place, sums.skipped
     states: Any = trainer.state.stateful_callbacks or {}
     for stateful in _stateful(trainer):
         for name, value in states.get(type(stateful).__name__, {}).get("attributes", {}).items():
             setattr(stateful, name, value)
     if trainer.state.is_world_process_zero:  # which holds the sums of all ranks
-        trainer.metrics.sums.copy_(saved.sums["metrics"])
-        trainer.run_log.packs = PackStats(**saved.sums["packs"])
+        trainer.metrics.sums.copy_(sums.metrics)
+        trainer.run_log.packs = sums.packs
         if trainer.metrics_file is not None:
             trainer.metrics_file.rewrite(trainer.state.log_history)
         SamplesFile(trainer.output_dir / SAMPLES_FILE).keep_until(trainer.state.global_step)
     ckpt.set_rng_state(saved.rng)
     logger.info("resumed from %s, at step %d", folder, trainer.state.global_step)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a run had counted, as `take` wrote it."""
+
+    place: tuple[int, int]
+    skipped: int
+    metrics: torch.Tensor
+    packs: PackStats
+
+
+def _sums(saved: ckpt.ResumeState, trainer: DPOTrainer, folder: Path) -> _Sums:
+    """Those of `saved`, before anything of the trainer is changed; `CheckpointError` where they
+    are not what this fastdpo counts."""
+    now = trainer.metrics.sums.shape
+    try:
+        of = saved.sums
+        (epoch, done), metrics = of["place"], of["metrics"]
+        sums = _Sums((epoch, done), of["skipped steps"], metrics, PackStats(**of["packs"]))
+        if metrics.shape != now:
+            raise ValueError(f"{metrics.shape[1]} sums of metrics, {now[1]} now")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} of fastdpo {saved.written_by} counts otherwise than this "
+            f"run under {__version__} ({what}); set log_token_stats as it was, resume under that "
+            "version, or start afresh in another output_dir with the checkpoint as the model"
+        ) from error
+    return sums
 
 
 def _fitted(state: TrainerState, trainer: DPOTrainer) -> TrainerState:

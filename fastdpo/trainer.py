@@ -382,7 +382,7 @@ class DPOTrainer(TrainerInterface):
         self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE)
         if found and self.run_plan is not None:
             self.packer = self.plan.packer = self.run_plan.packer_of(self.output_dir, self.packer)
-        self.place = (0, 0)
+        self.place: tuple[int, int] = (0, 0)
         if found:
             resume.put_back(self, found)
         if args.process_index == 0:

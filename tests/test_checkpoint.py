@@ -5,12 +5,15 @@ Kills, signals and full disks: test_resume.py.
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 
+from fastdpo import checkpoint as ckpt
 from fastdpo.config import SHAPES_THE_RUN
 from fastdpo.errors import CheckpointError
 from fastdpo.loss_specs import SPECS
@@ -102,6 +105,60 @@ def test_resume_refuses_another_base_or_reference(tmp_path, kind):
     trainer(tmp_path, **models[0], **options).train()
     with pytest.raises(CheckpointError, match="base and reference weights: '.*' then, '.*' now"):
         trainer(tmp_path, **models[1], **options).train(resume_from_checkpoint=True)
+
+
+def rewritten(folder: Path, change: Callable[[dict], None]) -> None:
+    """The checkpoint as another fastdpo would have written it: its manifest changed, and whole."""
+    file = folder / ckpt.STATE_FILE
+    manifest = json.loads(file.read_text())
+    del manifest["manifest"]
+    change(manifest)
+    manifest["sha256"]["moment.pt"] = ckpt._digest(folder / "moment.pt")
+    file.write_text(json.dumps({**manifest, "manifest": ckpt._digest_of(manifest)}))
+
+
+def test_a_checkpoint_of_an_earlier_fastdpo_resumes_with_a_warning(tmp_path, caplog):
+    """What it could not record yet is named; an option that is not at its default is another run:
+    without it the run would have been as at the default."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+    def run(folder, resume=None, **more):
+        made = trainer(folder, peft_config=LoraConfig(**LORA), **options, **more)
+        made.train(resume_from_checkpoint=resume)
+        return weights(made.model)
+
+    def older(manifest):
+        manifest["fastdpo"] = "0.0.9"
+        for key in ("base and reference weights", "lean_lora", "adapter use_dora"):
+            del manifest["identity"][key]
+
+    whole = run(tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    rewritten(checkpoint, older)
+    resumed = run(tmp_path, str(checkpoint))
+    (said,) = [text for text in caplog.messages if "does not record" in text]
+    assert "(0.0.9)" in said and "in another output_dir with the checkpoint as the model" in said
+    assert "does not record: adapter use_dora, base and reference weights, lean_lora; " in said
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    with pytest.raises(CheckpointError, match="lean_lora: None then, False now"):
+        run(tmp_path, str(checkpoint), lean_lora=False)
+
+
+def test_a_checkpoint_with_another_state_is_refused_whole(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, **options).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    other = trainer(tmp_path, log_token_stats=True, **options)
+    before = weights(other.model)
+    with pytest.raises(CheckpointError, match="8 sums of metrics, 14 now.; set log_token_stats as"):
+        other.train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, before[name]) for name, value in weights(other.model).items())
+    moment = torch.load(checkpoint / "moment.pt", weights_only=False)
+    del moment["sums"]["skipped steps"]
+    torch.save(moment, checkpoint / "moment.pt")
+    rewritten(checkpoint, lambda manifest: manifest.update(fastdpo="0.0.9"))
+    with pytest.raises(CheckpointError, match="of fastdpo 0.0.9 counts .*no 'skipped steps'.;"):
+        trainer(tmp_path, **options).train(resume_from_checkpoint=True)
 
 
 def test_whatever_a_loss_takes_shapes_the_run():
