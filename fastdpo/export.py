@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import base_record
 from .config_files import read_yaml
 from .errors import CheckpointError, ConfigError, ModelError
 from .help import CommandParser
@@ -93,7 +94,8 @@ def export(run: Path, output: Path, *, merge: bool, dtype: str | None) -> None:
         for path in run.iterdir():
             if not RESULT_FILES.fullmatch(path.name) or (output / path.name).exists():
                 continue
-            is_weights = path.name.startswith(("adapter_", "model")) or path.name == "config.json"
+            is_weights = path.name.startswith(("adapter_", "model"))
+            is_weights |= path.name in ("config.json", base_record.BASE_FILE)
             if not (is_weights and (merge or dtype is not None)):
                 shutil.copy2(path, output / path.name)
     except OSError as error:
@@ -111,24 +113,26 @@ def _save_merged(
 
     from .model import load_pretrained
 
-    load = _load_options(run, base, options)
+    recorded = base_record.read(run)
+    load = _load_options(run, base, options, recorded)
     saved = AutoConfig.from_pretrained(base, **load)
     if options.get("base_precision") == "fp8":
         raise ModelError(
             "the adapter was trained on a base in 8-bit floats (base_precision: fp8), whose scales "
             "are the run's own, so nothing is left to merge into; export without --merge"
         )
-    if "model_name_or_path" not in options:
+    if recorded is None and "model_name_or_path" not in options:
         logger.warning(
-            "export: this run was made in Python, which leaves no record of how its base was "
-            "loaded; the adapter goes into the weights as %s has them",
+            "export: %r holds no %s, so there is no record of how its base was loaded; the adapter "
+            "goes into the weights as %s has them",
+            str(run),
+            base_record.BASE_FILE,
             base,
         )
-    model = load_quantized(base, options, load)
-    if model is None and getattr(saved, "quantization_config", None) is None:
-        model = load_pretrained(base, torch.device("cpu"), dtype="float32", **load)
-    elif model is None:
-        model = load_pretrained(base, torch.device("cpu"), **load)
+    if getattr(saved, "quantization_config", None) is None:  # else as it is saved
+        quantized = _quantized(options) if recorded is None else base_record.load_options(recorded)
+        load |= quantized or {"dtype": "float32"}
+    model: Any = load_pretrained(base, torch.device("cpu"), **load)
     if getattr(model, "hf_quantizer", None) is not None:
         model = _dequantized(model)
     model = PeftModel.from_pretrained(model, str(run)).merge_and_unload(safe_merge=True)
@@ -136,9 +140,16 @@ def _save_merged(
     model.to(wanted or torch.float32).save_pretrained(str(output))
 
 
-def _load_options(run: Path, base: str, options: dict[str, Any]) -> dict[str, Any]:
+def _load_options(
+    run: Path, base: str, options: dict[str, Any], recorded: dict[str, Any] | None
+) -> dict[str, Any]:
     """Which revision of `base` the adapter was trained on, and whether its code may run."""
-    revision = json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get("revision")
+    revision = None
+    if recorded is not None and recorded["base_model_name_or_path"] == base:
+        revision = recorded["revision"]
+    if revision is None:
+        adapter = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+        revision = adapter.get("revision")
     if revision is None and options.get("model_name_or_path") in (None, base):
         init = options.get("model_init_kwargs") or {}
         revision = init.get("revision") or options.get("model_revision")
@@ -146,28 +157,22 @@ def _load_options(run: Path, base: str, options: dict[str, Any]) -> dict[str, An
     return {"revision": revision or "main", "trust_remote_code": trusted}
 
 
-def load_quantized(base: str, options: dict[str, Any], load: dict[str, Any]) -> Any | None:
-    """`base` on the CPU as the run with these `options` quantized it; None where it did not.
-
-    load: further arguments of `from_pretrained`.
+def _quantized(options: dict[str, Any]) -> dict[str, Any]:
+    """How the run with these `options` had its base quantized, for runs without `base.json`; {}
+    where it did not.
 
     Raises `MissingPackageError` without bitsandbytes.
     """
-    import torch
-
-    from .model import load_pretrained, quantization_config
+    from .model import quantization_config
     from .model_config import ModelConfig
 
-    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"model_name_or_path"}
-    of_run = {name: value for name, value in options.items() if name in names}
-    config = ModelConfig(model_name_or_path=base, **of_run)
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    config = ModelConfig(**{name: value for name, value in options.items() if name in names})
     quantization = quantization_config(config)
     if quantization is None:
-        return None
-    kwargs = {} if config.dtype is None else {"dtype": config.dtype}
-    return load_pretrained(
-        base, torch.device("cpu"), quantization_config=quantization, **kwargs, **load
-    )
+        return {}
+    dtype = {} if config.dtype is None else {"dtype": config.dtype}
+    return {"quantization_config": quantization, **dtype}
 
 
 def _dequantized(model: Any) -> Any:

@@ -19,7 +19,7 @@ PLAN_FILE = "plan.json"
 RESULT = re.compile(r"adapter_model\.safetensors|model.*\.safetensors|curves\.png")
 # A saved model or adapter, with its tokenizer and card.
 RESULT_FILES = re.compile(
-    r"adapter_(model\.safetensors|config\.json)|model.*\.safetensors(\.index\.json)?"
+    r"adapter_(model\.safetensors|config\.json)|base\.json|model.*\.safetensors(\.index\.json)?"
     r"|(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|README\.md"
 )

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import base_record
 from .config import to_plain
 from .config_files import read_yaml
 from .errors import CheckpointError
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 def save_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    """Writes the active adapter (PEFT's format) or the model (transformers'), and the tokenizer.
+    """Writes the active adapter (PEFT's format) and how its base was loaded, or the model
+    (transformers'), and the tokenizer.
 
     Raises `CheckpointError` where the folder can't be written.
     """
     try:
         if isinstance(model, PeftModel):
             model.save_pretrained(str(folder), selected_adapters=model.active_adapters)
+            base_record.write(folder, base_model(model))
         else:
             model.save_pretrained(str(folder))
         if tokenizer is not None:

@@ -105,18 +105,24 @@ def test_packs_of_a_quantized_base_equal_separate_sequences(tmp_path, folder, bi
     assert runs[0] == pytest.approx(runs[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nested", "8bit", "dora"])
-def test_a_merged_export_is_the_model_that_was_trained(tmp_path, folder, kind):
+@pytest.mark.parametrize("kind", ["nf4", "nested", "8bit", "dora", "nf4 of an older fastdpo"])
+def test_a_merged_export_is_the_model_that_was_trained(tmp_path, folder, kind, caplog):
     """Over the weights that the quantized ones stand for: those of the base as it is saved give
-    other logits by far."""
+    other logits by far. A run in Python has them on record too; an older one's command line has
+    its options."""
     pytest.importorskip("bitsandbytes")
-    options = {**QUANTIZED[kind], "dtype": "float32"}
+    older = "older" in kind
+    options = {**QUANTIZED[kind.split()[0]], "dtype": "float32"}
     trainer = trainer_of(tmp_path, folder, options, learning_rate=1e-2)
     trainer.train()
     trainer.save_model()
-    names = {"model_name_or_path": folder, "use_peft": True}
-    write_yaml(tmp_path / "run" / "resolved_config.yaml", {**names, **options})
+    if older:
+        names = {"model_name_or_path": folder, "use_peft": True}
+        write_yaml(tmp_path / "run" / "resolved_config.yaml", {**names, **options})
+        (tmp_path / "run" / "base.json").unlink()
     export(tmp_path / "run", tmp_path / "merged", merge=True, dtype="float32")
+    assert "no record" not in caplog.text
+    assert not (tmp_path / "merged" / "base.json").exists()
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert getattr(merged.config, "quantization_config", None) is None
     assert not any(

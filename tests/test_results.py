@@ -228,8 +228,7 @@ def test_export_merges_in_fp32_and_rounds_once(base, tmp_path, dtype, caplog):
     out = tmp_path / "out"
     words = ["--dtype", dtype] if dtype else []
     assert cli.main(["export", str(base / "lora"), "-o", str(out), "--merge", *words]) == 0
-    recorded = "model_name_or_path" in (base / "lora" / "resolved_config.yaml").read_text()
-    assert ("no record of how its base was loaded" in caplog.text) == (not recorded)
+    assert "no record of how its base was loaded" not in caplog.text
     merged: Any = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert merged.dtype == (torch.float32 if dtype else torch.bfloat16)  # as the base is saved
     adapted: Any = AutoPeftModelForCausalLM.from_pretrained(base / "lora", dtype="float32")
