@@ -5,7 +5,8 @@ of x in the adapter's dtype for each. Here layers that share their input (q, k, 
 autograd function: x is kept once, as it is computed with; A x of all is one product; s B is added
 inside the product that makes it; backward, the gradients of x are summed inside theirs. Adapters
 stay in their own dtype and are cast as small matrices. What autograd keeps beside x has the rank's
-width. Modules, names, checkpoints and merging are PEFT's, and so is what this can't do.
+width. Modules, names, checkpoints and merging are PEFT's, and so is what this can't do. Hooks that
+torch keeps for all modules at once (FLOP counters) see the layers, not the modules inside them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def use_lean_lora(model: nn.Module, log: bool = True) -> int:
         for place, layer in enumerate(family):
             layer._fastdpo_siblings, layer._fastdpo_place = siblings, place
             layer.forward = types.MethodType(_forward, layer)
+    for name, layer in layers.items():
+        layer._fastdpo_name, layer._fastdpo_told = name, False
     if not log:
         return len(layers)
     for reason, n in Counter(reason for reason, _ in left).items():
@@ -65,26 +68,36 @@ def _why_not(layer: Any) -> str | None:
     quantized = kind.__name__ in _QUANTIZED and kind.__module__ == "peft.tuners.lora.bnb"
     if kind is not lora.Linear and not quantized:
         return f"which are lora.{kind.__name__}"
-    inside = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
-        return "with hooks inside"
     if getattr(layer.forward, "__func__", None) not in (kind.forward, _forward):
         return "whose forward was replaced"
     return next((why for name in layer.lora_A if (why := _special(layer, name))), None)
 
 
+_HOOKED = "with hooks inside"
+
+
 def _special(layer: Any, adapter: str) -> str | None:
-    """What `adapter` does that is not base(x) + s B A x."""
+    """What `adapter` does that is not base(x) + s B A x.
+
+    Asked in every pass, as hooks may come late: so by dicts, which cost a tenth of attributes.
+    """
     if adapter in layer.lora_variant:
         return f"of type {type(layer.lora_variant[adapter]).__name__}"
-    dropout = layer.lora_dropout[adapter]
-    if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1):
+    modules = layer._modules
+    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+    down, up = (modules[name]._modules[adapter] for name in ("lora_A", "lora_B"))
+    if type(dropout) is not nn.Identity and getattr(dropout, "p", 1):
         return "with dropout"
-    if layer.lora_A[adapter].bias is not None or layer.lora_B[adapter].bias is not None:
+    if down._parameters.get("bias") is not None or up._parameters.get("bias") is not None:
         return "with a bias"
-    base = layer.base_layer
-    if any(p is not None and p.requires_grad for p in base._parameters.values()):
-        return "whose base is trained"
+    for one in (base, down, up, dropout):
+        if one._forward_hooks or one._forward_pre_hooks:
+            return _HOOKED
+        if one._backward_hooks or one._backward_pre_hooks:
+            return _HOOKED
+    for parameter in base._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return "whose base is trained"
     return None
 
 
@@ -161,8 +174,24 @@ def _active(layer: Any) -> str | None:
     """The one adapter that `layer` adds to its base now; None where PEFT's own forward must run."""
     if layer.disable_adapters or layer.merged:
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = _names(layer)
     return names[0] if len(names) == 1 and _special(layer, names[0]) is None else None
+
+
+def _names(layer: Any) -> list[str]:
+    """The adapters that `layer` has of those that are active."""
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
+
+
+def _tell(layer: Any) -> None:
+    """Says once that a layer has been left to PEFT since it was made lean, and why."""
+    names = _names(layer)
+    if layer._fastdpo_told or layer.disable_adapters or layer.merged or len(names) != 1:
+        return
+    layer._fastdpo_told = True
+    reason = _special(layer, names[0])
+    logger.warning("LoRA: PEFT's own forward from here on for %s, %s", layer._fastdpo_name, reason)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -172,6 +201,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if known is not None:
         return known
     if args or kwargs or _active(layer) is None:
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            _tell(layer)
         return type(layer).forward(layer, x, *args, **kwargs)
     adapters = {i: _active(one) for i, one in enumerate(siblings.layers)}
     adapters = {i: name for i, name in adapters.items() if name is not None}

@@ -341,6 +341,41 @@ def test_other_adapters_are_left_to_peft_by_name(options, reason, caplog) -> Non
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_that_come_late_are_called(where: str, kind: str, caplog) -> None:
+    """On any module inside a layer, between two passes; its siblings stay lean."""
+    model = block()
+    ours, x = lean(model), an_input()
+    ours(x)
+    calls: list[str] = []
+    handles = []
+    for name, one in (("ours", ours), ("theirs", model)):
+        layer = one.get_base_model().k_proj
+        inside = layer.base_layer if where == "base_layer" else getattr(layer, where)["default"]
+
+        def hook(module, given, *rest, name=name):  # changes what passes, so that it must be seen
+            calls.append(name)
+            changed = rest[-1] if kind in ("forward", "full_backward") and rest else given
+            if kind == "full_backward":
+                changed = given  # of (module, grad_input, grad_output)
+            return tuple(2 * t for t in changed) if isinstance(changed, tuple) else 2 * changed
+
+        handles.append(getattr(inside, f"register_{kind}_hook")(hook))
+    with caplog.at_level("WARNING", "fastdpo.lora"):
+        found, expected = outputs(ours, x), outputs(model, x)
+        outputs(ours, x)
+    assert_same(found, expected)
+    assert calls.count("ours") == 2 * calls.count("theirs") > 0
+    (record,) = caplog.records
+    assert "PEFT's own forward from here on for base_model.model.k_proj, with h" in record.message
+    family = ours.get_base_model().q_proj._fastdpo_siblings
+    assert len(family.layers) == 3 and not family.outputs
+    for handle in handles:
+        handle.remove()
+    assert_same(outputs(ours, x), outputs(model, x))
+
+
 def test_embeddings_and_trained_layers_are_left_to_peft_by_name(caplog) -> None:
     options: Any = {"target_modules": ["embed_tokens", "q_proj", "k_proj"], "r": R}
     model = get_peft_model(tiny_llama(), LoraConfig(**options))
