@@ -100,6 +100,8 @@ def wants_compile(
         reason = "padded batches have a shape each"
     elif is_quantized(model):
         reason = "quantized layers break its graphs"
+    elif layers_of(model) is None:
+        reason = f"{type(model).__name__} has no list of layers"
     elif args.compile == "auto" and args.device.type != "cuda":
         reason = "it pays on a GPU"
     elif args.compile == "auto" and liger:
@@ -110,6 +112,12 @@ def wants_compile(
         raise ConfigError(f"'compile' is 'layers', but {reason}; use 'auto' or 'off'")
     logger.info("layers: not compiled, %s", reason)
     return False
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The decoder's layers, where they stand in a list named so."""
+    layers = getattr(decoder_of(model), "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
 
 
 def pack_lengths(max_tokens: int) -> tuple[int, ...]:
@@ -144,8 +152,8 @@ def compile_layers(model: PreTrainedModel, cuda_graphs: bool = False) -> None:
     is recorded, for every layer and length; whoever calls the model says where a pass begins
     (`torch.compiler.cudagraph_mark_step_begin`). Attention's arguments are copied in and out.
     """
-    layers = getattr(decoder_of(model), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    layers = layers_of(model)
+    if layers is None:
         raise ModelError(f"{type(model).__name__} has no list of layers to compile; compile: off")
     limit = torch._dynamo.config
     limit.recompile_limit = max(limit.recompile_limit, _MOST_GRAPHS)

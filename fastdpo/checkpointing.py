@@ -29,8 +29,12 @@ KEPT_OPERATIONS = (
     "aten::_scaled_dot_product_attention_math",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",  # its releases differ
+    "flash_attn_3::fwd",
     "fastdpo::planned_attention",
 )
+# The backends that call one of them: FlexAttention is compiled, flash-attn 4 no torch operation.
+_KEEPABLE = ("sdpa", "varlen_attn", "flash_attention_2", "flash_attention_3")
 
 
 def checkpoint_kwargs(given: Any) -> dict[str, Any]:
@@ -46,8 +50,13 @@ def checkpoint_kwargs(given: Any) -> dict[str, Any]:
     return kwargs
 
 
-def checkpoint_activations(model: PreTrainedModel | PeftModel, how: bool | str, given: Any) -> None:
-    """Switches checkpointing on: `how` is True or "selective". Raises `ConfigError`."""
+def checkpoint_activations(
+    model: PreTrainedModel | PeftModel, how: bool | str, given: Any, backend: str = "sdpa"
+) -> None:
+    """Switches checkpointing on: `how` is True or "selective"; backend: what runs attention.
+
+    Raises `ConfigError`.
+    """
     kwargs: dict[str, Any] = {"use_reentrant": False, **checkpoint_kwargs(given)}
     base = base_model(model)
     if how == "selective":
@@ -56,7 +65,12 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, how: bool | str, 
                 "gradient_checkpointing 'selective' keeps attention's outputs, which "
                 "use_reentrant: true can't; leave one of them out"
             )
-        _refuse_explicit_attention(base.config)
+        reason = why_not_selective(base.config, backend)
+        if reason is not None:
+            raise ConfigError(
+                f"gradient_checkpointing 'selective' keeps attention's outputs, and {reason}; "
+                "use 'full'"
+            )
         kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20
         base.activation_checkpointing_enable(kwargs)
@@ -66,14 +80,15 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, how: bool | str, 
         base.enable_input_require_grads()
 
 
-def _refuse_explicit_attention(config: PretrainedConfig) -> None:
+def why_not_selective(config: PretrainedConfig, backend: str) -> str | None:
+    """Why attention's outputs can't be kept while the rest is computed again; None if they can."""
+    if backend not in _KEEPABLE:
+        return f"those of {backend} attention can't be told from the rest"
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if softcap is not None or config.model_type == "gpt_oss":
-        reason = f"caps its logits at {softcap}" if softcap is not None else "has sinks"
-        raise ConfigError(
-            f"gradient_checkpointing 'selective' keeps the outputs of fused attention, and this "
-            f"model's attention {reason}, which runs unfused; use 'full'"
-        )
+    if backend == "sdpa" and (softcap is not None or config.model_type == "gpt_oss"):
+        own = f"caps its logits at {softcap}" if softcap is not None else "has sinks"
+        return f"this model's attention {own}, which sdpa runs unfused"
+    return None
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -55,7 +55,8 @@ class Job:
     args: a DPOConfig; options may be "auto". pairs: what is trained on; `rows_are_real` is False
     where they stand for a dataset that was not named. packer: how packs are made, for any number
     of tokens. bf16: whether it computes in bfloat16. reference: its kind, in words;
-    reference_bytes: what it takes beside the policy, None for a whole copy of it.
+    reference_bytes: what it takes beside the policy, None for a whole copy of it. attention: the
+    backend; where no model is loaded, what is asked for, or sdpa.
     """
 
     spec: TwinSpec
@@ -68,6 +69,7 @@ class Job:
     reference_bytes: int | None = 0
     rows_are_real: bool = True
     base_precision: str | None = None
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)

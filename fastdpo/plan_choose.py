@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from .checkpointing import why_not_selective
 from .config import to_plain
 from .options import AUTO
 from .plan import Choice, Planner, Prediction
@@ -56,7 +57,7 @@ def options_of(planner: Planner) -> dict[str, list]:
     """Each option's values in the order of sacrifice: a given one has but itself."""
     args, job = planner.job.args, planner.job
     checkpointing = list(CHECKPOINTING)
-    if getattr(job.spec.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+    if why_not_selective(job.spec.config, job.attention) is not None:
         checkpointing.remove("selective")
     elif args.compile != "off":  # compiled layers hide attention's output: see save_memory
         checkpointing.remove("selective")

@@ -168,6 +168,7 @@ def job_of_config(
         reference_bytes=size,
         rows_are_real=pairs is not None,
         base_precision=AUTO if model.base_precision == AUTO else None,
+        attention=args.attn_implementation or "sdpa",
     )
 
 

@@ -115,6 +115,7 @@ def job_of(models: Models, pairs: TokenizedPairs, packer: Packer, args: DPOConfi
         packer=replace(packer, device=torch.device("cpu")).of_tokens(1, models.compiled),
         reference=kind,
         reference_bytes=size,
+        attention=models.packed.backend,
     )
 
 

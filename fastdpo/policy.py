@@ -130,12 +130,15 @@ def prepare_models(
     if args.lean_lora:
         for model in {id(m): m for m in (policy, reference.model)}.values():
             use_lean_lora(model)
-    packed = packed_reference = _bind(policy, args, forward, args.packing_mode)
+    attention = args.attn_implementation
+    packed = packed_reference = _bind(policy, args, forward, args.packing_mode, attention)
     if reference.model is not policy:
         _place(reference.model, args.device)
-        if liger:
+        if wants_liger(base_model(reference.model), args):
             apply_liger(base_model(reference.model))
-        packed_reference = _bind(reference.model, args, forward, packed.mode)
+        if packed.mode == "padded" != args.packing_mode:  # fallen back, to each model's own
+            attention = None
+        packed_reference = _bind(reference.model, args, forward, packed.mode, attention)
     with forward.autocast():
         router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
     if router is not None:
@@ -157,7 +160,8 @@ def save_memory(models: Models, args: DPOConfig, rebind: bool = False) -> PackFo
     rebind: logps_workspace_bytes is not what the models were prepared with.
     """
     if rebind:
-        _bind(models.policy, args, models.forward, models.packed.mode)
+        packed = models.packed
+        _bind(models.policy, args, models.forward, packed.mode, packed.backend)
     check_cuda_graphs(args, models.compiled)
     if args.gradient_checkpointing:
         kwargs = args.gradient_checkpointing_kwargs
@@ -171,7 +175,8 @@ def save_memory(models: Models, args: DPOConfig, rebind: bool = False) -> PackFo
                 "gradient_checkpointing 'selective' keeps attention's output, which compiled "
                 "layers hide; use 'full', or compile: off"
             )
-        checkpoint_activations(models.policy, args.gradient_checkpointing, kwargs)
+        backend = models.packed.backend
+        checkpoint_activations(models.policy, args.gradient_checkpointing, kwargs, backend)
     if not args.activation_offloading:
         return models.forward
     offload = OffloadActivations(models.policy)
@@ -205,7 +210,9 @@ def _place(model: nn.Module, device: torch.device) -> None:
         keep_activations(base)
 
 
-def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) -> PackedForwardInfo:
+def _bind(
+    model: nn.Module, args: DPOConfig, forward: PackForward, mode: str, attention: str | None
+) -> PackedForwardInfo:
     workspace = args.logps_workspace_bytes
     if isinstance(workspace, str):  # auto: until there is a plan
         workspace = PLANNED["logps_workspace_bytes"]
@@ -216,7 +223,7 @@ def _bind(model: nn.Module, args: DPOConfig, forward: PackForward, mode: str) ->
     with forward.autocast():
         return prepare_packed_forward(
             base_model(model),
-            attn_implementation=args.attn_implementation,
+            attn_implementation=attention,
             logps_impl=args.logps_impl,
             workspace_bytes=workspace,
             mode=mode,

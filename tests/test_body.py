@@ -132,6 +132,11 @@ def test_what_cannot_be_compiled_is_refused_or_left(tmp_path, caplog) -> None:
         made = DPOTrainer(tiny_llama(), args=config(tmp_path, compile="auto"), train_dataset=pairs)
     assert not made.compiled and "layers: not compiled, it pays on a GPU" in caplog.text
     model = by_name("GPT-2").build()
+    packed = prepare_packed_forward(model)
+    args = config(tmp_path, compile="layers")
+    with pytest.raises(ConfigError, match="'layers', but GPT2LMHeadModel has no list of layers"):
+        wants_compile(model, packed, args, liger=False)
+    assert not wants_compile(model, packed, config(tmp_path, compile="auto"), liger=False)
     with pytest.raises(ModelError, match="GPT2LMHeadModel has no list of layers.*compile: off"):
         compile_layers(model)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig
 
 from benchmarks.bench_memory import AllocatedPeak
 from fastdpo import DPOConfig, DPOTrainer
@@ -17,7 +17,7 @@ from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.options import AUTO, parse_bytes
 from fastdpo.packing import build_pack, longest_pair
 from fastdpo.plan import Choice, Job, Planner, Prediction, state_bytes
-from fastdpo.plan_choose import choose
+from fastdpo.plan_choose import choose, options_of
 from fastdpo.plan_device import Device, show_bytes
 from fastdpo.plan_replay import StepMemory, StepSettings, TwinSpec, replay
 from fastdpo.steps import Packer
@@ -312,6 +312,23 @@ def test_selective_checkpointing_and_offload_lie_between_nothing_and_full():
     assert peak(True, False) < peak("selective", False) < peak(False, False)
     assert peak(False, True) < peak(False, False)
     assert peak(True, True) <= peak(True, False)
+
+
+@pytest.mark.parametrize(
+    "config, attention, left_out",
+    [
+        (LlamaConfig(), "sdpa", False),
+        (LlamaConfig(), "flex_attention", True),
+        (GptOssConfig(), "sdpa", True),
+        (Gemma2Config(), "sdpa", True),
+        (Gemma2Config(), "flash_attention_2", False),
+    ],
+)
+def test_no_plan_keeps_attention_that_a_run_would_refuse_to_keep(config, attention, left_out):
+    planner = planner_for()
+    spec = replace(planner.job.spec, config=config)
+    planner.job = replace(planner.job, spec=spec, attention=attention)
+    assert ("selective" not in options_of(planner)["gradient_checkpointing"]) == left_out
 
 
 def test_states_are_as_large_as_the_optimizers_make_them():

@@ -14,6 +14,7 @@ from fastdpo import cli
 from fastdpo.adapters import REFERENCE_ADAPTER
 from fastdpo.config_files import write_yaml
 from fastdpo.errors import ConfigError, MissingPackageError, ModelError
+from tests.families import by_name
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
 from tests.tiny_trainer import LORA, lora, losses, weights
 from tests.tiny_trainer import trainer as dpo_trainer
@@ -43,6 +44,20 @@ def test_every_reference_of_the_initial_policy_gives_the_same_losses(tmp_path, k
     # The same arithmetic up to the composition of packs; fp32 sums of up to 20 log-probs of
     # size 6 err by about 20 * 6 * 2^-24 = 7e-6 nat, the loss by beta times that.
     np.testing.assert_allclose(losses(made), losses(baseline), atol=2e-6)
+
+
+def test_a_reference_falls_back_with_its_policy(tmp_path):
+    """To its own attention too, whichever was named for packs."""
+    model = by_name("Mamba").build()
+    made = trainer(
+        tmp_path,
+        model=model,
+        pairs=tiny_pairs(8, vocab_size=80),
+        attn_implementation="sdpa",
+        max_steps=1,
+    )
+    assert made.packed_forward.mode == "padded" and made.packed_forward.backend == "eager"
+    made.train()
 
 
 # ---- adapters as references -------------------------------------------------------------------

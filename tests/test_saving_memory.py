@@ -10,13 +10,14 @@ from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.accumulate import Fp32Accumulation, StepInBackward
-from fastdpo.checkpointing import checkpoint_activations
+from fastdpo.checkpointing import checkpoint_activations, why_not_selective
 from fastdpo.errors import ConfigError
 from fastdpo.logps import prepare_packed_forward
 from fastdpo.nonfinite import FiniteGuard
 from fastdpo.offload import OffloadActivations
 from fastdpo.packing import build_pack
 from fastdpo.plan_tracker import MemoryTracker
+from tests.families import by_name
 from tests.tiny import tiny_llama, tiny_mistral, tiny_pairs
 
 LORA: Any = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -238,5 +239,13 @@ def test_selective_checkpointing_refuses_attention_that_it_can_not_keep(tmp_path
     )
     with pytest.raises(ConfigError, match="caps its logits at 50.*use 'full'"):
         checkpoint_activations(model, "selective", {})
+    for backend in ("flex_attention", "flash_attention_4", "eager"):
+        with pytest.raises(ConfigError, match=f"those of {backend} attention can't be told from"):
+            checkpoint_activations(tiny_llama(), "selective", {}, backend)
+    assert why_not_selective(model.config, "flash_attention_2") is None  # which caps by itself
+    sinks = by_name("GPT-OSS").build().config
+    assert why_not_selective(sinks, "sdpa") == (
+        "this model's attention has sinks, which sdpa runs unfused"
+    )
     with pytest.raises(ConfigError, match="use_reentrant: true can't"):
         checkpoint_activations(tiny_llama(), "selective", {"use_reentrant": True})
