@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo_kernels.linear_logps_eager import is_tiny
-from fastdpo_kernels.linear_logps_torch_tiles import Head, tile_bytes, tile_shape
+from fastdpo_kernels.linear_logps_torch_tiles import Head, may_keep, tile_bytes, tile_shape
 
 from .batch import PackLayout
 from .fp8 import Fp8Linear
@@ -123,8 +123,8 @@ def _head_bytes(
 ) -> tuple[int, int, int]:
     """(bytes of E kept for the weight's gradient, bytes borrowed forward, backward):
     linear_logps_torch.py's own division of its workspace, where a kept E needs no tile backward; a
-    matrix [N, V] of a tiny head's, beside the one that is kept; for Triton all that a single chunk
-    could use, within the bound."""
+    tiny head's one matrix [N, V]; for Triton all that a single chunk could use, within the
+    bound."""
     (n, v), vector = (len(hidden), len(weight)), 4
     if triton:
         size = vector if rounded == torch.float32 else 2
@@ -137,7 +137,7 @@ def _head_bytes(
         size = torch.promote_types(rounded, torch.float32).itemsize
         rest = size * 4 * hidden.numel()  # hidden, W[y], their product and the gradient
         whole = size * n * v
-        return (whole, rest + whole, rest) if trained else (0, rest + 2 * whole, 0)
+        return (whole, rest, rest) if trained else (0, rest + whole, 0)
     head = Head(
         weight=weight,
         bias=None,
@@ -148,15 +148,12 @@ def _head_bytes(
         rounded=rounded,
     )
     size = head.dtype.itemsize
-    kept = n * v * size if trained else 0
-    if kept + tile_bytes(head, min(n, 256), min(v, 1024), head.tiles) > workspace_bytes:
-        kept = 0
+    keep = trained and may_keep(head, n, workspace_bytes, head.tiles)
+    kept = n * v * size if keep else 0
     tile = tile_shape(head, n, workspace_bytes - kept, head.tiles)
     borrowed = tile_bytes(head, *tile, head.tiles)
     if not kept:
         return 0, borrowed, borrowed
-    # The buffer has room for a whole row of E.
-    borrowed += size * head.tiles * max(v - tile[0] * tile[1], 0)
     tile = tile_shape(head, n, workspace_bytes - kept, 0)
     return kept, borrowed, tile_bytes(head, *tile, 0)
 

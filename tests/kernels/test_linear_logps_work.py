@@ -143,23 +143,27 @@ def test_a_row_that_is_not_a_number_spoils_no_other():
     assert torch.equal(got[rest], clean[rest])
 
 
-def test_masked_vocabulary_through_an_infinite_bias():
+@pytest.mark.parametrize("grads", [False, True], ids=["forward", "frozen"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])  # all at once, in tiles
+def test_masked_vocabulary_through_an_infinite_bias(impl, grads):
     """A bias of -inf takes a column out: the log-probs are those of the smaller vocabulary."""
     head = peaked_head(40, 16, 101)
+    head.hidden.requires_grad_(grads)
+    op = functools.partial(linear_logps, stats=("entropy",), impl=impl)
     keep = torch.ones(101, dtype=torch.bool)
     keep[50:60] = False
     targets = head.targets.clamp(max=49)
     bias = torch.zeros(101).masked_fill(~keep, -math.inf)
-    got, stats = linear_logps(head.hidden, head.weight, targets, bias=bias, stats=("entropy",))
-    smaller = Head(head.hidden, head.weight[keep], targets, None, head.grad)
-    numerics.assert_logps_close(smaller, got)
+    got, stats = op(head.hidden, head.weight, targets, bias=bias)
+    smaller = Head(head.hidden.detach(), head.weight[keep], targets, None, head.grad)
+    numerics.assert_logps_close(smaller, got.detach())
     entropy = numerics.exact(smaller).stats.entropy
     assert entropy is not None and stats.entropy is not None
     # p log p with logits of some 20 nat, each an ulp (2e-6) off after 16 products
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=20 * 2e-6)
     close(stats.entropy.double(), entropy)
     never = torch.full_like(targets, 55)
-    got, stats = linear_logps(head.hidden, head.weight, never, bias=bias, stats=("entropy",))
+    got, stats = op(head.hidden, head.weight, never, bias=bias)
     assert got.isneginf().all() and stats.entropy is not None
     close(stats.entropy.double(), entropy)
 
@@ -249,12 +253,13 @@ def test_statistics_leave_the_log_probs_as_they_are():
         assert not stats.entropy.requires_grad
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("cols", [1, 2, 4])
-def test_top1_counts_the_first_of_equal_logits(cols, monkeypatch):
+def test_top1_counts_the_first_of_equal_logits(cols, impl, monkeypatch):
     monkeypatch.setattr(linear_logps_torch_tiles, "COLS", cols)
     weight = torch.tensor([[0.0], [1.0], [1.0], [-1.0]])
     hidden = torch.ones(4, 1)
-    _, stats = linear_logps(hidden, weight, torch.arange(4), stats=("is_top1",))
+    _, stats = linear_logps(hidden, weight, torch.arange(4), stats=("is_top1",), impl=impl)
     assert stats.is_top1 is not None and stats.is_top1.tolist() == [False, True, False, False]
 
 

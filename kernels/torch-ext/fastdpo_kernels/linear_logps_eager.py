@@ -1,7 +1,8 @@
 """`linear_logps` for heads so small that calls cost more than work: all logits at once, on a CPU.
 
 `linear_logps_torch.py` on one tile without its bookkeeping, and so to the same bits but for the
-gradients; a call in which a row overflows goes there. `impl="auto"` takes it where `is_tiny`.
+gradients and the entropy; a call in which a row overflows goes there. `impl="auto"` takes it where
+`is_tiny`.
 With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
     logp = -log(1 + s_o)        d logp / d z = (s_o at the target, -E elsewhere) / (1 + s_o)
 Callers have checked the arguments.
@@ -68,9 +69,7 @@ def forward(
         y, h = y.masked_fill(ignored, 0), h.masked_fill(ignored[:, None], 0)
     w, b = head.rows(0, weight.shape[0])
     z_y, flat_y = target_logits(head, h, w[y], y)
-    distance = torch.empty(len(h), len(w), dtype=head.dtype)  # z - z_y, in bits
-    tanh = None if softcap is None else torch.empty_like(distance)
-    exponents(head, h, w, b, z_y, distance, tanh)
+    distance, tanh = exponents(head, h, w, b, z_y)  # z - z_y, in bits
     e = distance.exp2() if stats else distance.exp2_()
     e.scatter_(1, y[:, None], 0)
     s_o = e.sum(1)

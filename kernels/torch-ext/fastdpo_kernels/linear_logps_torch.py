@@ -17,21 +17,22 @@ from torch import Tensor
 
 from .impls import ForwardResult, TokenStats
 from .linear_logps_torch_tiles import (
+    BITS,
     NATS,
     Head,
     accumulate,
     accumulate_transposed,
     exponents,
+    may_keep,
     one_minus_square,
     put_target,
     row_max,
     spans,
     target_logits,
-    tile_bytes,
     tile_shape,
-    views,
 )
 
+LOWEST = torch.finfo(torch.float32).min  # stands for a bias of -inf, where E = 0
 OVERFLOW = math.exp(80.0)  # of s_o in the frame r = z_y: logp < -80, and exp is near its end
 
 
@@ -40,11 +41,18 @@ class _Pass:
     """What all passes over the vocabulary share."""
 
     head: Head
-    buffer: Tensor  # [tiles, at least rows * cols]
     cols: int
     stats: tuple[str, ...]
     need_grad: bool
     mean: tuple[Tensor, Tensor | float] | None  # mean row of the weight [D], mean bias
+
+    @property
+    def entropy_by_grad(self) -> bool:
+        """sum E (h W^T + b) = h (E @ W)^T + E @ b: what the gradient needs gives the entropy.
+        Not from 16-bit E, and not under a softcap."""
+        head = self.head
+        asked = "entropy" in self.stats and self.need_grad
+        return asked and head.softcap is None and not head.halves
 
 
 @dataclass
@@ -52,18 +60,18 @@ class _Sums:
     """What a pass over the vocabulary gathers about k rows."""
 
     others: Tensor  # [k] sum of E over v != y
-    weighted: Tensor  # [k] sum of E (z - r), in bits: the entropy
+    weighted: Tensor  # [k] sum of E (z - r) in bits, or of E b: the entropy
     tanh: Tensor  # [k] sum of tanh under a softcap: the mean logit
     top: Tensor  # [k] largest z - r so far in bits, ...
-    top_at: Tensor  # [k] ... its first column, ...
+    is_top1: Tensor  # [k] ... whether the target's column was the first to have it, ...
     squares: Tensor  # [k] ... and the sum of 4^(z - r - top), target included
 
     @staticmethod
     def zeros(rows: int, like: Tensor) -> "_Sums":
         zero = [like.new_zeros(rows) for _ in range(4)]
         top = like.new_full((rows,), -math.inf)
-        at = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return _Sums(zero[0], zero[1], zero[2], top, at, zero[3])
+        no = torch.zeros(rows, dtype=torch.bool, device=like.device)
+        return _Sums(zero[0], zero[1], zero[2], top, no, zero[3])
 
 
 @dataclass(frozen=True)
@@ -112,15 +120,11 @@ def forward(
     hidden_grad = new(n, d, dtype=rounded) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
-    kept_bytes = n * v * head.dtype.itemsize if need_weight_grad and keep else 0
-    beside = tile_bytes(head, min(n, 256), min(v, 1024), tiles)  # smaller tiles are slow
-    if kept_bytes + beside > workspace_bytes:
-        kept_bytes = 0
-    kept = new(n, v) if kept_bytes else None
-    rows, cols = tile_shape(head, n, workspace_bytes - kept_bytes, tiles)
-    buffer = new(tiles, max(rows * cols, v if kept_bytes else 0))
+    keep = keep and need_weight_grad and may_keep(head, n, workspace_bytes, tiles)
+    kept = new(n, v) if keep else None
+    rows, cols = tile_shape(head, n, workspace_bytes - (0 if kept is None else kept.nbytes), tiles)
     mean = _mean_row(head, cols) if "mean_logits" in stats and softcap is None else None
-    job = _Pass(head, buffer, cols, stats, need_hidden_grad, mean)
+    job = _Pass(head, cols, stats, need_hidden_grad, mean)
 
     def run(index: Tensor | slice, at_max: bool, store: Tensor | None) -> Tensor:
         skip = ignored[index]
@@ -145,9 +149,9 @@ def forward(
             again = start + overflow.nonzero().squeeze(1)
             if kept is None:
                 run(again, True, None)
-            else:  # whole rows of E, in the buffer's first tile
-                for part in again.split(buffer.shape[1] // v):
-                    store = views(buffer[:1], len(part), v)[0]
+            else:  # whole rows of E, with their logits in as much room as a tile takes
+                for part in again.split(max(rows * cols // (2 * v), 1)):
+                    store = new(len(part), v)
                     run(part, True, store)
                     kept.index_copy_(0, part, store)
     if kept is not None:
@@ -198,7 +202,6 @@ def weight_grad(
     tiles = 0 if kept else head.tiles
     budget = workspace_bytes - (kept[0].nbytes if kept else 0)
     rows, cols = tile_shape(head, n, budget, tiles)
-    buffer = torch.empty(tiles, rows * cols, dtype=head.dtype, device=hidden.device)
     for v0, v1 in spans(v, cols):
         w, b = head.rows(v0, v1)
         whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
@@ -211,12 +214,7 @@ def weight_grad(
             if kept:
                 tile = kept[0][r0:r1, v0:v1]
             else:
-                tile, *rest = views(buffer, r1 - r0, v1 - v0)
-                cap = rest[0] if rest else None
-                exponents(head, h, w, b, frame[r0:r1], tile, cap)
-                tile.exp2_()
-                if cap is not None:
-                    tile.mul_(one_minus_square(cap))
+                tile = _tile_again(head, h, w, b, frame[r0:r1])
                 y = targets[r0:r1].masked_fill(skip, 0)
                 put_target(tile, y - v0, target_e[r0:r1])
             scaled = h[:, first:].to(head.dtype).mul(k[:, None])
@@ -225,6 +223,7 @@ def weight_grad(
             else:  # fp16 has no room for small gradients: fp32
                 accumulate_transposed(total, tile, scaled)
             bias_total.addmv_(tile.mT, k)
+            del tile  # before the next one is made
         if not whole:
             grad[v0:v1] = total
         if bias_grad is not None:
@@ -232,26 +231,30 @@ def weight_grad(
     return grad, bias_grad
 
 
+def _tile_again(head: Head, h: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+    """E of some columns times the slope of tanh, the target's column like the others."""
+    tile, cap = exponents(head, h, w, b, r)
+    tile.exp2_()
+    return tile if cap is None else tile.mul_(one_minus_square(cap))
+
+
 def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | None) -> _Rows:
     """The rows h [k, D] with targets y [k]; fills `store` [k, V] with E if given."""
     head, stats, v = job.head, job.stats, job.head.weight.shape[0]
     w_y = head.matrix(y).to(head.dtype)  # [k, D]
     z_y, flat_y = target_logits(head, h, w_y, y)
-    r = row_max(head, h, job.buffer, job.cols) if at_max else z_y
+    r = row_max(head, h, job.cols) if at_max else z_y
     sums = _Sums.zeros(len(h), z_y)
     grad = torch.zeros(h.shape, dtype=head.dtype, device=h.device) if job.need_grad else None
     for v0, v1 in spans(v, job.cols):
         w, b = head.rows(v0, v1)
-        tile, *rest = (
-            views(job.buffer, len(h), v1 - v0)
-            if store is None
-            else (store[:, v0:v1], *views(job.buffer[1:], len(h), v1 - v0))
-        )
-        cap = rest.pop(0) if head.softcap is not None else None
-        exponents(head, h, w, b, r, tile, cap)
-        _fold(sums, tile, cap, rest[0] if rest else None, y, v0, stats)
+        tile, cap = exponents(head, h, w, b, r, None if store is None else store[:, v0:v1])
+        _fold(sums, tile, cap, y, v0, job)
         if grad is not None:
             accumulate(head, grad, tile, w)
+            if b is not None and job.entropy_by_grad:
+                sums.weighted.addmv_(tile, b.clamp(min=LOWEST))
+        del tile, cap  # before the next ones are made
 
     s_o, bits_y = sums.others, z_y - r
     if at_max:  # s_o / s_y may overflow
@@ -259,6 +262,9 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
     else:  # s_y = 1
         logps = -torch.log1p(s_o)
     inv_sum = 1 / (s_o + bits_y.exp2())
+    if grad is not None and job.entropy_by_grad:
+        sums.weighted += (h * grad).sum(1)
+        sums.weighted = head.slope * BITS * sums.weighted - r * s_o
     if grad is not None:
         grad.mul_((-head.slope * inv_sum)[:, None])
         grad.addcmul_(w_y, (head.slope * flat_y * s_o * inv_sum)[:, None])
@@ -278,43 +284,37 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
             assert head.softcap is not None
             found["mean_logits"] = sums.tanh * (head.softcap / head.temperature / v)
     if "is_top1" in stats:
-        found["is_top1"] = sums.top_at == y
+        found["is_top1"] = sums.is_top1
     if "log_sum_sq_probs" in stats:  # p_v = exp(z_v - r) / (s_o + s_y)
         found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top * NATS + inv_sum.log())
     return _Rows(s_o, logps, grad, (r, inv_sum, target_e), found)
 
 
-def _fold(
-    sums: _Sums,
-    tile: Tensor,
-    cap: Tensor | None,
-    scratch: Tensor | None,
-    y: Tensor,
-    v0: int,
-    stats: tuple[str, ...],
-) -> None:
+def _fold(sums: _Sums, tile: Tensor, cap: Tensor | None, y: Tensor, v0: int, job: _Pass) -> None:
     """Adds a tile of z - r to the sums, and leaves in it E times the slope of tanh."""
+    stats, distance = job.stats, None
     if "is_top1" in stats or "log_sum_sq_probs" in stats:
-        top, at = tile.max(dim=1)
-        better = top > sums.top
-        before = sums.top
+        top, before = tile.amax(1), sums.top
+        better = top > before
         sums.top = torch.where(better, top, before)
-        sums.top_at = torch.where(better, at + v0, sums.top_at)
+        if "is_top1" in stats:
+            sums.is_top1 &= ~better
+            mine = (y >= v0) & (y < v0 + tile.shape[1])
+            # A search in all rows takes as long as ten sums; asking which would wait for a GPU.
+            some = mine.nonzero().squeeze(1) if tile.device.type == "cpu" else slice(None)
+            at = tile[some].argmax(1) + v0
+            sums.is_top1[some] |= better[some] & (at == y[some])
         if "log_sum_sq_probs" in stats:
-            assert scratch is not None
-            torch.sub(tile, sums.top[:, None], out=scratch)
-            squares = scratch.mul_(2).exp2_().sum(1)
+            squares = torch.sub(tile, sums.top[:, None]).mul_(2).exp2_().sum(1)
             sums.squares.mul_((2 * (before - sums.top)).exp2()).add_(squares)
-    if "entropy" in stats:
-        assert scratch is not None
+    if "entropy" in stats and not job.entropy_by_grad:
         # A masked logit of -inf has E = 0 and must not make 0 * inf.
-        torch.clamp(tile, min=-1e4, out=scratch)
+        distance = tile.clamp(min=-1e4)
     tile.exp2_()
     put_target(tile, y - v0, tile.new_zeros(()).expand(len(y)))
     sums.others += tile.sum(1)
-    if "entropy" in stats:
-        assert scratch is not None
-        sums.weighted += scratch.mul_(tile).sum(1)
+    if distance is not None:
+        sums.weighted += distance.mul_(tile).sum(1)
     if cap is not None:
         if "mean_logits" in stats:
             sums.tanh += cap.sum(1)

@@ -45,8 +45,8 @@ def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def onednn_product(a: Tensor, b: Tensor) -> Tensor | None:
-    """a [m, k] @ b.T of b [n, k], a new tensor; None where it is torch.mm's to compute.
+def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """a [m, k] @ b.T of b [n, k], plus a bias [n]: a new tensor; None where torch.mm is to do it.
 
     `b` or its transpose must be contiguous, or oneDNN would go a slow way; of an `a` that is not,
     it makes a copy.
@@ -58,7 +58,7 @@ def onednn_product(a: Tensor, b: Tensor) -> Tensor | None:
         return None
     if type(a) is not Tensor or type(b) is not Tensor:  # fake ones, and others that have no storage
         return None
-    return linear(a, b, None, "none", [], "")
+    return linear(a, b, bias, "none", [], "")
 
 
 @contextlib.contextmanager

@@ -88,45 +88,46 @@ def target_logits(head: Head, h: Tensor, w_y: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def exponents(
-    head: Head, h: Tensor, w: Tensor, b: Tensor | None, r: Tensor, tile: Tensor, cap: Tensor | None
-) -> None:
-    """tile [k, w] = z - r in bits; under a softcap, `cap` [k, w] gets the tanh."""
-    if cap is None:
-        _affine(head, h, w, b, head.slope * BITS, -r[:, None], tile)
-        return
-    assert head.softcap is not None
-    _affine(head, h, w, b, head.scale / head.softcap, torch.zeros_like(r)[:, None], cap)
-    cap.tanh_()
-    torch.mul(cap, head.softcap / head.temperature * BITS, out=tile)
-    tile.sub_(r[:, None])
+    head: Head, h: Tensor, w: Tensor, b: Tensor | None, r: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """z - r in bits [k, w], in `out` if given; and under a softcap its tanh [k, w]."""
+    if head.softcap is None:
+        return _affine(head, h, w, b, head.slope * BITS, -r[:, None], out), None
+    zero = torch.zeros_like(r)[:, None]
+    cap = _affine(head, h, w, b, head.scale / head.softcap, zero, None).tanh_()
+    tile = torch.mul(cap, head.softcap / head.temperature * BITS, out=out)
+    return tile.sub_(r[:, None]), cap
 
 
 def _affine(
-    head: Head, h: Tensor, w: Tensor, b: Tensor | None, factor: float, start: Tensor, out: Tensor
-) -> None:
-    """out [k, w] = start + factor (h w^T + b), start [k, 1]."""
-    if b is not None:
-        torch.add(start, b, alpha=factor, out=out)
+    head: Head,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    factor: float,
+    start: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """start + factor (h w^T + b) [k, w] of start [k, 1], in `out` if given."""
     if head.halves:
         product = torch.mm(h, w.mT, out_dtype=head.dtype)
+        if b is not None:
+            product.add_(b)
     else:
-        product = onednn_product(h, w)
-    if product is not None:
-        torch.add(start if b is None else out, product, alpha=factor, out=out)
-        return
-    if b is None:
-        out.copy_(start)
-    out.addmm_(h, w.mT, alpha=factor)
+        product = onednn_product(h, w, b)
+    if product is None:
+        if b is not None:
+            start = torch.add(start, b, alpha=factor)
+        return torch.addmm(start, h, w.mT, alpha=factor, out=out)
+    return torch.add(start, product, alpha=factor, out=product if out is None else out)
 
 
-def row_max(head: Head, h: Tensor, buffer: Tensor, cols: int) -> Tensor:
+def row_max(head: Head, h: Tensor, cols: int) -> Tensor:
     """max z in bits, [k]: a frame that no row overflows."""
     top = torch.full((h.shape[0],), -math.inf, dtype=head.dtype, device=h.device)
     zero = torch.zeros_like(top)
     for v0, v1 in spans(head.weight.shape[0], cols):
-        tile, *rest = views(buffer[: head.tiles], h.shape[0], v1 - v0)
-        exponents(head, h, *head.rows(v0, v1), zero, tile, rest[0] if rest else None)
-        top = torch.maximum(top, tile.amax(1))
+        top = torch.maximum(top, exponents(head, h, *head.rows(v0, v1), zero)[0].amax(1))
     return top
 
 
@@ -174,9 +175,13 @@ def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def views(buffer: Tensor, rows: int, cols: int) -> list[Tensor]:
-    """Contiguous tiles [rows, cols], one in each row of the buffer."""
-    return [row[: rows * cols].view(rows, cols) for row in buffer]
+def may_keep(head: Head, n: int, budget: int, tiles: int) -> bool:
+    """Whether all of E [n, V] fits the budget, with a tile beside it that isn't slow for its size,
+    or a row of E and one of logits."""
+    v = head.weight.shape[0]
+    row = v * head.dtype.itemsize
+    beside = max(tile_bytes(head, min(n, 256), min(v, 1024), tiles), 2 * row)
+    return n * row + beside <= budget
 
 
 def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
@@ -202,12 +207,12 @@ def tile_shape(head: Head, n: int, budget: int, tiles: int) -> tuple[int, int]:
 
 
 def tile_bytes(head: Head, rows: int, cols: int, tiles: int) -> int:
-    """Tiles (two more where a 16-bit GEMM's operand and result are apart; one for oneDNN's result
-    or operand), and beside them: h twice, W[y], their product and the gradient; W twice and its
-    gradient, unless as they are, and oneDNN's result of that."""
+    """Tiles (two more for a 16-bit GEMM's operands; of a kept E, which is no tile, a part as
+    oneDNN's operand), and beside them: h twice, W[y], their product and the gradient; W twice and
+    its gradient, unless as they are, and oneDNN's result of that."""
     d = head.width
     apart = has_onednn(head.weight.device, head.dtype)
-    tiles += 2 * head.halves + apart
+    tiles = max(tiles, apart) + 2 * head.halves
     as_it_is = head.adapter is None and head.weight.dtype == head.rounded == head.dtype
     copies = (0 if as_it_is else 3) + apart
     return head.dtype.itemsize * (tiles * rows * cols + 5 * rows * d + copies * cols * d)
