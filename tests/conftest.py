@@ -12,7 +12,7 @@ def no_picture(monkeypatch) -> None:
 @pytest.fixture
 def datasets_apart(tmp_path, monkeypatch) -> None:
     """What `datasets` keeps of files that it read goes with the test."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 

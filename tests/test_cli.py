@@ -19,6 +19,7 @@ from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.help import HELP_PARTS
 from fastdpo.option_names import options_by_name
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny_trainer import hidden_package
 
 ROOT = Path(fastdpo.__file__).parents[1]
 
@@ -150,6 +151,18 @@ def test_status_of_errors(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("fastdpo: error: two lines\n")
 
 
+def test_without_datasets_its_absence_is_one_line(tmp_path, capsys):
+    """What reads files is its own package; lists of rows need none (test_data.py)."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(tiny_rows(1)[0]) + "\n")
+    words = ["--model_name_or_path", "m", "--dataset_name", str(rows), "--use_cpu"]
+    with hidden_package("datasets"):
+        assert cli.main(["train", *words, "--output_dir", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert "fastdpo: error: reading a dataset needs the `datasets` package" in shown
+    assert shown.endswith("; pip install datasets\n")
+
+
 def test_python_m_fastdpo():
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastdpo", *words]
@@ -167,6 +180,7 @@ def test_python_m_fastdpo():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A folder with a tiny model, two splits of pairs, and a config that trains on them."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")

@@ -20,8 +20,6 @@ from tests.tiny import (
     triple,
 )
 
-pytestmark = pytest.mark.usefixtures("datasets_apart")
-
 HH = Path(__file__).parents[1] / "../shared/data/hh-rlhf/harmless-base-test.jsonl.gz"
 
 
@@ -88,6 +86,7 @@ MERGING = [  # the prompt's last token merges with the first of one response, or
 ]
 
 
+@pytest.mark.usefixtures("datasets_apart")
 @pytest.mark.parametrize("max_length", [256, 24, None])
 @pytest.mark.parametrize(
     "kind", ["explicit", "implicit", "merging", "merging_without_bos", "chat", "implicit_chat"]
@@ -150,6 +149,7 @@ def test_processes_give_what_one_process_gives(plain):
         tokenize(rows, plain, num_proc=2)
 
 
+@pytest.mark.usefixtures("datasets_apart")
 @pytest.mark.skipif(not HH.is_file(), reason="the HH pairs are not beside the repository")
 def test_the_real_hh_pairs(plain):
     dataset = load_dataset_split(HH)

@@ -15,8 +15,6 @@ from tests.tiny import (
     triple,
 )
 
-pytestmark = pytest.mark.usefixtures("datasets_apart")
-
 GOOD = {"prompt": "what", "chosen": " cat", "rejected": " dog"}
 EMPTY = {**GOOD, "rejected": "  "}
 SAME = {**GOOD, "rejected": " cat"}

@@ -18,8 +18,6 @@ from tests.tiny import (
     triple,
 )
 
-pytestmark = pytest.mark.usefixtures("datasets_apart")
-
 
 def test_hh_dialogue_splits_at_the_last_shared_assistant(plain):
     talk = "\n\nHuman: where is it?\n\nAssistant: there.\n\nHuman: what?\n\nAssistant:"
