@@ -32,10 +32,12 @@ _ADAPTERS = ("lora_", "modules_to_save")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> e4m3 [M, K] and fp32 scales [M, 1], such that x is about their product."""
+    """[M, K] -> e4m3 [M, K], row by row whatever x's strides are, as the kernel reads it, and fp32
+    scales [M, 1], such that x is about their product."""
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-30)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    rounded = (x / scale).clamp(-LARGEST, LARGEST)
+    return rounded.to(FP8, memory_format=torch.contiguous_format), scale
 
 
 def _scaled_product(

@@ -54,6 +54,18 @@ def test_a_layer_is_the_product_of_what_is_rounded(dtype: torch.dtype, bias: boo
     assert float((out - exact).norm() / exact.norm()) < 2.0**-4
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_the_kernel_takes_operands_of_any_strides(rows: int) -> None:
+    """Gradients come transposed, too; and a single row's strides say nothing. The meta device
+    checks what CUDA's kernel does, layouts included."""
+    x = torch.randn(64, rows).T
+    assert quantize_rows(x)[0].stride() == (64, 1)
+    with torch.device("meta"):
+        x, weight, scale = torch.empty(64, rows).T, torch.empty(48, 64, dtype=FP8), torch.empty(48)
+        out = _scaled_product(*quantize_rows(x), weight, scale[:, None], torch.float16, True)
+    assert out.shape == (rows, 48) and out.dtype == torch.float16
+
+
 def test_the_emulation_is_torchs_own_product() -> None:
     a, b = torch.randn(32, 64), torch.randn(48, 64)
     (a8, scale_a), (b8, scale_b) = quantize_rows(a), quantize_rows(b)
