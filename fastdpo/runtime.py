@@ -14,14 +14,29 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from .errors import ConfigError
+
 Item = TypeVar("Item")
 
 
-def make_deterministic() -> None:
-    """Asks torch for repeatable kernels; an operation that has none raises when it is called."""
+def make_deterministic(device: torch.device) -> None:
+    """Asks torch for repeatable kernels; an operation that has none raises when it is called.
+
+    `ConfigError` where cuBLAS can no longer be made so: torch reads its setting once a process, at
+    the first product on a GPU.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: fixed workspaces
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    one = torch.ones(1, 1, device=device)
+    try:
+        torch.mm(one, one)
+    except RuntimeError as error:
+        torch.use_deterministic_algorithms(False)
+        raise ConfigError(
+            "'deterministic' needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before this "
+            "process multiplies on a GPU for the first time; set it where Python starts"
+        ) from error
 
 
 def peak_memory_gib(device: torch.device) -> float:

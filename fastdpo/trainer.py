@@ -129,7 +129,7 @@ class DPOTrainer(TrainerInterface):
             check_can_push()
         self.objective = Objective(self.args)
         if self.args.deterministic:
-            make_deterministic()
+            make_deterministic(self.device)
         set_seed(self.args.seed)  # an adapter's first weights are random
 
         name = model if isinstance(model, str) else base_model(model).config._name_or_path

@@ -1,6 +1,11 @@
 """Fixtures that several files share. What they need is imported when they are asked for."""
 
+import os
+
 import pytest
+
+# torch reads it once a process, at the first product on a GPU: for the runs that are deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture

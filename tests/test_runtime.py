@@ -4,8 +4,10 @@ import threading
 import time
 
 import pytest
+import torch
 
-from fastdpo.runtime import prefetch
+from fastdpo.errors import ConfigError
+from fastdpo.runtime import make_deterministic, prefetch
 
 
 def wait_until(condition) -> bool:
@@ -55,3 +57,16 @@ def test_a_consumer_that_leaves_ends_the_thread() -> None:
     assert next(items) == 0
     items.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert threads() == 0
+
+
+def test_a_process_that_cublas_binds_already_is_told_so(monkeypatch) -> None:
+    """What torch does on a GPU whose first product came before the setting."""
+
+    def product(*_) -> None:
+        raise RuntimeError("Deterministic behavior was enabled with either ... it uses CuBLAS")
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "mm", product)
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"):
+        make_deterministic(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
