@@ -273,11 +273,13 @@ COLUMNS = ("milliseconds", "tflops", "x_gemms", "x_trl", "extra_mib", "row_error
 
 
 def summaries(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, case by case, with their time over bare GEMMs', and TRL's over theirs."""
+    """The rows, case by case, with their time over bare GEMMs', and over theirs TRL's, which gives
+    what they give: log-probs, or the statistics of TRL's DPOTrainer too."""
     by_key = {row["key"]: row for row in measured}
     shown = []
     for row in measured:
-        gemms, trl = (by_key.get(f"{row['case']} {name}") for name in ("gemms", "trl"))
+        alike = "trl statistics" if row["implementation"].endswith(" statistics") else "trl"
+        gemms, trl = (by_key.get(f"{row['case']} {name}") for name in ("gemms", alike))
         shown.append(
             row
             | {

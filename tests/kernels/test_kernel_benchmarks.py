@@ -105,6 +105,10 @@ def test_ratios_are_of_one_case():
         {"key": "a trl", "case": "a", "implementation": "trl", "milliseconds": 5.0},
         {"key": "b fastdpo", "case": "b", "implementation": "fastdpo", "milliseconds": 3.0},
     ]
-    ours, _, _, alone = bench_linear_logps.summaries(rows)
+    for name, milliseconds in (("fastdpo statistics", 3.0), ("trl statistics", 9.0)):
+        row = {"key": f"a {name}", "case": "a", "implementation": name}
+        rows.append(row | {"milliseconds": milliseconds})
+    ours, _, _, statistics, _, alone = bench_linear_logps.summaries(rows)
     assert (ours["x_gemms"], ours["x_trl"]) == (2.0, 2.5)
+    assert (statistics["x_gemms"], statistics["x_trl"]) == (3.0, 3.0)  # TRL's with statistics
     assert alone["x_gemms"] is None and alone["x_trl"] is None
