@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,10 @@ class PreferenceLoss:
 
 def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
     """-log sigmoid(margin), the label flipped with probability `label_smoothing`."""
-    right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
+    right = F.logsigmoid(margins)
+    if not label_smoothing:  # 0 times the other would not be 0 at an infinite margin
+        return -right
+    return -(1 - label_smoothing) * right - label_smoothing * F.logsigmoid(-margins)
 
 
 def sigmoid(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -313,13 +316,32 @@ def f_scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
     sigmoid_norm) does not.
 
     alpha_divergence: f'(u) = (u^(alpha - 1) - 1) / (alpha - 1), the exponent held below 80 as TRL
-    does; alpha 1 is reverse_kl.
+    does; alpha 1 is reverse_kl. forward_kl: f'(u) = 1 - 1 / u, which nothing holds: below a
+    log-ratio of -709 (fp64) it is -inf. So is then the loss of such a chosen response, and the step
+    is not finite; of a rejected one the loss is 0, and so is its gradient.
     """
     if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(alpha - 1) < 1e-6):
         return logratios
     if divergence == "forward_kl":
-        return -torch.expm1(-logratios)
+        score = _OneMinusExpNeg.apply(logratios)
+        assert isinstance(score, Tensor)
+        return score
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(logratios)
     assert divergence == "alpha_divergence"
     return torch.expm1(((alpha - 1) * logratios).clamp(max=80.0)) / (alpha - 1)
+
+
+class _OneMinusExpNeg(torch.autograd.Function):
+    """1 - exp(-x). Where a loss has no slope its gradient is 0, be exp(-x) infinite: the sigmoid
+    that made the slope 0 falls faster than any exp(-x) grows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return -torch.expm1(-x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), (slope,) = ctx.saved_tensors, grads
+        return torch.where(slope == 0, slope, slope * torch.exp(-x))

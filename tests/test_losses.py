@@ -53,6 +53,27 @@ def test_discopop_stays_finite_where_chosen_became_unlikely(divergence):
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_forward_kl_where_exp_overflows(loss_type):
+    """A rejected response that became impossible has the limit's gradient, 0, as its neighbour at
+    -700 nat has; an impossible chosen one has a loss that a run can't take for a number."""
+    fell = torch.tensor([-700.0, -800.0, 0.0, 0.0, -800.0], dtype=torch.float64)
+    stayed = torch.zeros_like(fell)
+    chosen = torch.where(torch.arange(5) >= 3, torch.tensor(-800.0).double(), stayed)
+    chosen, rejected = chosen.requires_grad_(), fell.requires_grad_()
+    scores = [f_scores(x, "forward_kl", 0.5) for x in (chosen, rejected)]
+    ones = torch.ones(5, dtype=torch.float64)
+    logps = PairLogps(*scores, stayed, stayed, ones, ones, ones, ones[0])
+    losses = REGISTRY[loss_type].fn(logps, beta=0.1)
+    gradients = torch.autograd.grad(losses[:3].sum(), (chosen, rejected))
+    for gradient in gradients:
+        assert gradient[:2].tolist() == [0, 0] and gradient[2] != 0
+    assert losses[:2].tolist() == [0, 0] and not losses[3:].isfinite().any()
+    # Elsewhere the derivative is the function's own.
+    x = torch.linspace(-5, 5, 21, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: f_scores(x, "forward_kl", 0.5), x)
+
+
 USERS = """
 import torch.nn.functional as F
 from fastdpo.loss_specs import LossSpec

@@ -114,6 +114,20 @@ def test_skip_leaves_the_step_out_and_counts_it(tmp_path, what, optim, caplog):
     assert f"step {BAD_STEP}: the {what}" in caplog.text and "skipped, as 1 steps" in caplog.text
 
 
+def test_the_limit_of_forward_kl_is_named(tmp_path):
+    """Here the policy can't be 88 nat away after a step: its reference is made to be."""
+    made = trainer(tmp_path, f_divergence_type="forward_kl", first_step_check=False, max_steps=1)
+    plain = made._score
+
+    def far(pack, reference):
+        assert reference is not None
+        return plain(pack, reference + 100)
+
+    made._score = far  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="step 1: the loss of pair .* forward_kl's score 1 - exp"):
+        made.train()
+
+
 def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path):
     made = poisoned(tmp_path, "loss", save_strategy="steps", save_steps=1, logging_steps=6)
     with pytest.raises(ModelError, match=f"step {BAD_STEP}"):
