@@ -61,9 +61,9 @@ def test_forward_kl_where_exp_overflows(loss_type):
     stayed = torch.zeros_like(fell)
     chosen = torch.where(torch.arange(5) >= 3, torch.tensor(-800.0).double(), stayed)
     chosen, rejected = chosen.requires_grad_(), fell.requires_grad_()
-    scores = [f_scores(x, "forward_kl", 0.5) for x in (chosen, rejected)]
+    won, lost = (f_scores(x, "forward_kl", 0.5) for x in (chosen, rejected))
     ones = torch.ones(5, dtype=torch.float64)
-    logps = PairLogps(*scores, stayed, stayed, ones, ones, ones, ones[0])
+    logps = PairLogps(won, lost, stayed, stayed, ones, ones, ones, ones[0])
     losses = REGISTRY[loss_type].fn(logps, beta=0.1)
     gradients = torch.autograd.grad(losses[:3].sum(), (chosen, rejected))
     for gradient in gradients:
