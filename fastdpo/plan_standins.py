@@ -80,10 +80,10 @@ class PlannedHead(torch.autograd.Function):
         n, d = hidden.shape
         out = torch.promote_types(rounded, torch.float32)
         logps = hidden.new_empty(n, dtype=out)
-        vectors = [hidden.new_empty(n, dtype=out) for _ in range(4 if triton else 3)]
         unscaled = hidden.new_empty(n, d, dtype=rounded) if hidden.requires_grad else None
         of_head = weight if adapter is None else adapter
         trained = of_head.requires_grad
+        vectors = [hidden.new_empty(n, dtype=out) for _ in range(2 if triton else 3) if trained]
         kept, borrowed, ctx.borrowed = _head_bytes(
             hidden, weight, adapter, rounded, workspace_bytes, trained, triton
         )

@@ -21,8 +21,11 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from fastdpo_kernels import linear_logps_triton as driver
+from fastdpo_kernels import linear_logps_triton_job as jobs
+from fastdpo_kernels import linear_logps_triton_products as products
 from fastdpo_kernels import tiles
 from fastdpo_kernels.linear_logps import linear_logps
+from fastdpo_kernels.linear_logps_triton_gemm import describable
 from fastdpo_kernels.tiles import Gemm, Variant
 from tests.kernels.interpreter import patch_once
 from tests.numerics import (
@@ -105,8 +108,9 @@ def counts(monkeypatch) -> Iterator[Counter]:
 
         return launch
 
-    for name in names:
-        monkeypatch.setattr(driver, name, counted(name, getattr(driver, name)))
+    for name, module in itertools.product(names, (driver, jobs, products)):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     yield counter
 
 
@@ -266,7 +270,7 @@ def test_misaligned_rows_leave_the_descriptors(use, monkeypatch):
     monkeypatch.setitem(tiles.TABLES["interpreter"], "half", (VARIANTS["persistent"].gemm, TILE))
     head = peaked_head(20, 33, 100, dtype=torch.float16)
     odd = Head(head.hidden[:, 1:], head.weight[:, 1:], head.targets, None, head.grad)
-    assert not driver.describable(odd.hidden)
+    assert not describable(odd.hidden)
     check(odd)
 
 
@@ -424,7 +428,7 @@ def test_a_workspace_that_the_forward_pass_takes_is_enough_for_dw():
 def test_library_flags_are_left_as_they_were():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
-    with pytest.raises(ZeroDivisionError), driver._whole_sums():
+    with pytest.raises(ZeroDivisionError), driver.whole_sums():
         assert not matmul.allow_bf16_reduced_precision_reduction
         _ = 1 / 0
     assert before == matmul.allow_bf16_reduced_precision_reduction
@@ -437,7 +441,7 @@ def test_autocast_rounds_part_by_part(workspace, monkeypatch):
     seen, forward = [], driver.run_forward
 
     def spy(job, *args):
-        seen.append((job, driver._problem(job, "hidden", 2**20).row_copy))
+        seen.append((job, jobs.problem_of(job, "hidden", 2**20).row_copy))
         return forward(job, *args)
 
     monkeypatch.setattr(driver, "run_forward", spy)

@@ -17,6 +17,7 @@ from triton.runtime import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
 from fastdpo_kernels import linear_logps_triton as driver
+from fastdpo_kernels import linear_logps_triton_job as jobs
 from fastdpo_kernels import preference_loss_triton as preference
 from fastdpo_kernels import tiles
 from fastdpo_kernels.linear_logps_triton_math import Logits
@@ -72,16 +73,17 @@ def forward_and_backward(
     bias = torch.randn(v).to(dtype) if full else None
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
-    matrix = driver._matrix(weight, torch.randn(v, r) if r else None)
-    job = driver._Job(hidden, dtype, matrix, logits, stats, grad, kept, device)
+    matrix = jobs.matrix_of(weight, torch.randn(v, r) if r else None)
+    job = jobs.Job(hidden, dtype, matrix, logits, stats, grad, True, kept, device)
     plan = planned(job, "hidden" if grad else "sums")
     saved = driver.run_forward(job, targets, -100, plan).saved
-    job = driver._Job(hidden, dtype, matrix, logits, (), False, kept, device)
-    driver.run_weight_grad(job, saved, torch.ones(n), full, planned(job, "weight"))
+    job = jobs.Job(hidden, dtype, matrix, logits, (), False, True, kept, device)
+    plan = planned(job, "weight")
+    driver.run_weight_grad(job, targets, -100, saved, torch.ones(n), full, plan)
 
 
-def planned(job: driver._Job, work: str) -> tiles.Plan:
-    problem = driver._problem(job, work, 2**28)
+def planned(job: jobs.Job, work: str) -> tiles.Plan:
+    problem = jobs.problem_of(job, work, 2**28)
     return tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
 
 

@@ -48,13 +48,16 @@ def test_directions():
     """An op's file sees impls, late, reference and its own parts, its implementations when it runs;
     ops do not see each other, `linear_dpo_loss` aside; an implementation never sees its op."""
     seen = {p.stem: {n for n, relative in imports(p) if relative} for p in PACKAGE.glob("*.py")}
-    parts = {"linear_logps_call", "linear_logps_graph"}
+    parts = {"linear_logps_call", "linear_logps_graph", "linear_logps_targets"}
     assert seen["linear_logps"] == {"impls", "late", "reference"} | parts
     assert seen["preference_loss"] == {"impls", "late", "reference"}
-    assert seen["linear_logps_graph"] == {"late", "linear_logps_call"}
+    assert seen["linear_logps_graph"] == {"late", "linear_logps_call", "linear_logps_targets"}
     part_of = {"linear_logps_eager", "linear_logps_torch_gemm"}  # their is_tiny, ieee_matmul
-    assert seen["linear_logps_call"] == {"impls", "late"} | part_of
-    assert seen["linear_dpo_loss"] == {"linear_logps", "linear_logps_call", "preference_loss"}
+    assert seen["linear_logps_call"] == {"impls"} | part_of
+    assert seen["linear_logps_targets"] == {"late"}
+    assert seen["linear_dpo_loss"] == {"linear_logps", "preference_loss"} | (
+        parts - {"linear_logps_graph"}
+    )
     assert seen["reference"] == {"impls"} and seen["impls"] == seen["late"] == set()
     for name, used in seen.items():
         if "_torch" in name or "_triton" in name or name in ("tiles", "tuning"):

@@ -14,3 +14,8 @@ def test_in_the_interpreter():
 @needs_interpreter
 def test_random_shapes_in_the_interpreter():
     run_interpreted("interpreted_linear_logps.py", "soak")
+
+
+@needs_interpreter
+def test_blocks_of_rows_in_the_interpreter():
+    run_interpreted("interpreted_row_blocks.py", "not soak")

@@ -330,6 +330,32 @@ def test_peak_memory_is_the_workspace_and_the_results(trained, dtype, workspace_
     assert workspace_bytes + results < n * v * 4  # less than one [N, V] of logits
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_no_vector_of_all_rows_beside_the_results(trained):
+    """At any N: a single vector [N] in fp32 would be more than this workspace."""
+    n, d, v, workspace_bytes = 300_000, 4, 9, 2**20
+    head = peaked_head(n, d, v, bias=True, ignored=0.1)
+    head.hidden.requires_grad_()
+    head.weight.requires_grad_(trained)
+
+    def step():
+        logps, _ = linear_logps(
+            head.hidden, head.weight, head.targets, bias=head.bias, softcap=20.0,
+            stats=("entropy",), workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+        logps.backward(head.grad)
+
+    # log-probs, the entropy, hidden's gradient unscaled and returned, the weight's; of a trained
+    # head what each row keeps for the backward pass: its frame, 1 / (s_o + s_y), E at the target
+    results = 4 * (2 * n + 2 * n * d + v * d + 3 * n * trained)
+    assert peak_bytes(step) <= workspace_bytes + results
+    exact = linear_logps(head.hidden, head.weight, head.targets, bias=head.bias, softcap=20.0)
+    part = linear_logps(
+        head.hidden[-999:], head.weight, head.targets[-999:], bias=head.bias, softcap=20.0
+    )
+    assert torch.equal(exact[-999:], part)
+
+
 def test_the_backward_pass_makes_no_wider_copy_of_the_gradient():
     n, d, v, workspace_bytes = 8192, 256, 200, 2**21
     head = peaked_head(n, d, v, dtype=torch.bfloat16)

@@ -50,11 +50,48 @@ def test_every_plan_fits_its_workspace(work, workspace):
             gemm = tiles.table(task, H200)[0]
             plan = planned(task, variant=Variant(gemm, library=library, split=split))
             assert split or plan.splits == 1
-            assert plan.bytes + 64 * n <= workspace
+            assert plan.bytes + plan.beside <= workspace
             assert plan.rows <= n and plan.cols <= v
             # chunks start where pointers stay aligned and tiles begin
             assert plan.rows == n or plan.rows % 16 == 0
-            assert plan.cols == v or plan.cols % gemm.block_v == 0
+            part = 128 if work == "weight" else gemm.block_v
+            assert plan.cols == v or plan.cols % min(part, gemm.block_v) == 0
+
+
+@pytest.mark.parametrize("work", ["sums", "hidden", "weight"])
+def test_sixteen_mebibytes_serve_any_number_of_rows(work):
+    """What each row needs exists for some rows at a time: nothing planned grows with N."""
+    for n, (d, v) in itertools.product((2**20, 2**24, 2**31 - 1), SHAPES):
+        for float32, fields in ((False, 1), (True, 1), (False, 6 if work != "weight" else 1)):
+            task = problem(
+                work=work, n=n, d=d, v=v, float32=float32, fields=fields, direct=False,
+                workspace=16 * MIB,
+            )  # fmt: skip
+            plan = planned(task)
+            assert plan.bytes + plan.beside <= 16 * MIB
+            assert plan.rows <= plan.block < n
+            assert plan.block % plan.rows == 0
+            if work != "weight":
+                assert plan.beside == 0 and plan.block == plan.rows
+
+
+def test_few_rows_of_dw_are_one_block():
+    """Their target rows are then added once, after all chunks."""
+    for n, workspace in ((32768, 256 * MIB), (2**20, 256 * MIB), (65536, 16 * MIB)):
+        assert planned(problem(work="weight", n=n, workspace=workspace)).block == n
+    assert planned(problem(work="weight", n=2**20 + 1)).block < 2**20
+
+
+@pytest.mark.parametrize("work", ["sums", "hidden", "weight"])
+def test_what_a_refusal_asks_for_is_enough(work):
+    for n in (100, 10**6):
+        with pytest.raises(ValueError, match=r"take (\d+) bytes") as refused:
+            planned(problem(work=work, n=n, workspace=20_000))
+        least = int(str(refused.value).split("take ")[1].split()[0])
+        plan = planned(problem(work=work, n=n, workspace=least))
+        assert plan.bytes + plan.beside == least
+        with pytest.raises(ValueError, match=f"workspace_bytes={least - 1} .*take {least} bytes"):
+            planned(problem(work=work, n=n, workspace=least - 1))
 
 
 def overhead(task: Problem) -> float:

@@ -38,10 +38,11 @@ class TokenStats:
 class ForwardResult:
     """What an implementation of `linear_logps` hands back from its forward.
 
-    `token_logps` [N] fp32 (fp64 for fp64 inputs). `hidden_grad` [N, D], in the dtype of `hidden`:
-    the derivative of each token's log-prob with respect to its own hidden row, not yet multiplied
-    by the incoming gradient; None if not asked for. `saved`: what the implementation's own
-    `weight_grad` wants to see again (empty if no weight gradient is due).
+    `token_logps` [N] fp32 (fp64 for fp64 inputs), 0 for ignored rows, NaN where a target that was
+    not looked at, on a GPU, is outside the vocabulary. `hidden_grad` [N, D], in the dtype of
+    `hidden`: the derivative of each token's log-prob with respect to its own hidden row, not yet
+    multiplied by the incoming gradient; None if not asked for. `saved`: what the implementation's
+    own `weight_grad` wants to see again (empty if no weight gradient is due).
     """
 
     token_logps: Tensor

@@ -6,7 +6,8 @@ It is `linear_logps` followed by `preference_loss`, and nothing else.
 from torch import Tensor
 
 from .linear_logps import linear_logps
-from .linear_logps_call import NO_TARGET, Lora
+from .linear_logps_call import Lora
+from .linear_logps_targets import NO_TARGET
 from .preference_loss import PreferenceOutput, preference_loss
 
 

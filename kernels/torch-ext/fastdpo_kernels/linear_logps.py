@@ -15,14 +15,9 @@ from torch import Tensor
 
 from .impls import TokenStats
 from .late import raise_late
-from .linear_logps_call import (
-    Call,
-    Lora,
-    check,
-    check_targets,
-    scale_rows,
-)
+from .linear_logps_call import Call, Lora, check, scale_rows
 from .linear_logps_graph import linear_logps_in_graph
+from .linear_logps_targets import check_targets, outside
 from .reference import linear_logps_reference
 
 
@@ -81,8 +76,9 @@ def linear_logps(
 
     With a = scale * (hidden @ weight.T + bias), the logits are z = a / temperature, or
     softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is
-    `workspace_bytes`, the result, and the gradient of `hidden`, which is finished during the
-    forward pass up to a factor per row.
+    `workspace_bytes` at any N, the result, and the gradient of `hidden`, which is finished during
+    the forward pass up to a factor per row. A trained head also keeps two or three numbers of each
+    row for the backward pass.
 
     Args:
         hidden: [N, D], fp64, fp32, fp16 or bf16, any strides; N may be 0.
@@ -101,7 +97,7 @@ def linear_logps(
         impl: "auto" chooses by device and logs it once (on a CPU, vocabularies up to 4096 are not
             divided); "torch" and "triton" run that or raise; "reference" is eager.
         workspace_bytes: the bound on temporary memory; less makes smaller tiles, not another
-            result in kind.
+            result in kind. Rows are taken in blocks: what it must hold depends on D and V alone.
 
     Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
     autocast dtype, as `linear` would do, but part by part. Gradients flow to those of `hidden`,
@@ -161,10 +157,10 @@ def _eager(
     adapter: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     call = call.chosen(hidden, weight, adapter, tiny=True)
-    targets, bad = check_targets(targets, weight.shape[0], call.ignore_index)
+    check_targets(targets, weight.shape[0], call.ignore_index)
     anchor = hidden[:0].clone() if call.need_hidden_grad else None
     logps, *found = _LinearLogps.apply(hidden, weight, bias, adapter, targets, anchor, call)
-    return logps if bad is None else logps.masked_fill(bad, math.nan), found
+    return logps, found
 
 
 def _reference(
@@ -176,7 +172,11 @@ def _reference(
     stats: tuple[str, ...],
     transform: dict[str, Any],
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    targets, bad = check_targets(targets, weight.shape[0], transform["ignore_index"])
+    v, ignore_index = weight.shape[0], transform["ignore_index"]
+    check_targets(targets, v, ignore_index)
+    bad = None if targets.device.type == "cpu" else outside(targets, v, ignore_index)
+    if bad is not None:
+        targets = targets.masked_fill(bad, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, every = linear_logps_reference(
             hidden, weight, targets, bias=bias, lora=lora, **transform

@@ -5,7 +5,6 @@ What both ways to call it share, eager (`linear_logps.py`) and compiled (`linear
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import math
 from collections.abc import Iterator
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 
 from .impls import STATS, ForwardResult, choose_impl, is_transformed, log_choice
-from .late import check_later, raise_late
 from .linear_logps_eager import is_tiny
 from .linear_logps_torch_gemm import ieee_matmul
 
-NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Lora = tuple[Tensor, Tensor, float]
 
@@ -276,38 +273,3 @@ TRANSFORMED = (
     "linear_logps does not work under torch.func transforms (vmap, grad, jvp): "
     "call it on the whole batch, its rows are independent"
 )
-
-
-def check_targets(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Returns targets safe to index with, and which were not (None on a CPU: it raises)."""
-    bad = outside(targets, v, ignore_index)
-    if targets.device.type == "cpu":
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(_bad_target(row, int(targets[row]), v, ignore_index))
-        return targets, None
-    raise_late()
-    if len(targets) == 0:
-        return targets, None
-    row = bad.int().argmax(0, keepdim=True)  # [1]: gathered, for an index would be waited for
-    report = torch.cat([bad.gather(0, row).long(), row, targets.gather(0, row)])
-    check_later(functools.partial(_look, v, ignore_index), report)
-    return targets.masked_fill(bad, ignore_index), bad
-
-
-def _look(v: int, ignore_index: int, report: Tensor) -> None:
-    found, row, target = report.tolist()
-    if found:
-        raise ValueError(_bad_target(row, target, v, ignore_index))
-
-
-def outside(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """Which targets are neither in the vocabulary nor ignored: [N] bool."""
-    return (targets != ignore_index) & ((targets < 0) | (targets >= v))
-
-
-def _bad_target(row: int, target: int, v: int, ignore_index: int) -> str:
-    way_out = f"mark rows to leave out with ignore_index={ignore_index}"
-    if ignore_index == NO_TARGET:
-        way_out = "pass only the rows to be scored"
-    return f"linear_logps: targets[{row}] = {target} is outside [0, V={v}); {way_out}"

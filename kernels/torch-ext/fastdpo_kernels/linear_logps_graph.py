@@ -4,7 +4,6 @@ A graph must know every shape beforehand, so exponentials are never kept for dW 
 arrive as the public op passes them on; values (targets) are checked when the graph runs.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .late import raise_late
-from .linear_logps_call import TRANSFORMED, Call, check_targets, outside
+from .linear_logps_call import TRANSFORMED, Call
+from .linear_logps_targets import check_targets
 
 _NAMESPACE = (__package__ or "fastdpo_kernels").replace(".", "_")
 
@@ -69,13 +69,13 @@ def _forward(
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
     call = _call(hidden, weight, flat)
-    targets, bad = check_targets(targets, weight.shape[0], ignore_index)
+    check_targets(targets, weight.shape[0], ignore_index)
     result = call.forward(hidden, weight, targets, bias, adapter, keep=False)
-    logps = result.token_logps if bad is None else result.token_logps.masked_fill(bad, math.nan)
     grad = result.hidden_grad
     if grad is None:
         grad = hidden.new_empty(0, dtype=rounded)
-    return [logps, *(getattr(result.stats, name) for name in call.stats), grad, *result.saved]
+    found = [getattr(result.stats, name) for name in call.stats]
+    return [result.token_logps, *found, grad, *result.saved]
 
 
 @_forward.register_fake
@@ -91,9 +91,7 @@ def _(hidden, weight, targets, bias, adapter, *flat):
     shape = hidden.shape if call.need_hidden_grad else (0,)
     saved = []
     if call.need_head_grad:
-        saved = [rows() for _ in range(3)]
-        if call.impl == "triton":
-            saved = [rows(torch.int32), *saved]
+        saved = [rows() for _ in range(2 if call.impl == "triton" else 3)]
     return [rows(), *found, hidden.new_empty(shape, dtype=call.rounded), *saved]
 
 
@@ -122,7 +120,6 @@ def _weight_grad(
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
     raise_late()
-    targets = targets.masked_fill(outside(targets, weight.shape[0], ignore_index), ignore_index)
     grads = _call(hidden, weight, flat).weight_grad(
         hidden, weight, targets, bias, adapter, tuple(saved), grad_logps
     )

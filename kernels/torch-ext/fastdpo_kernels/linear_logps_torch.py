@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .impls import ForwardResult, TokenStats
+from .linear_logps_targets import left_out, outside
 from .linear_logps_torch_tiles import (
     BITS,
     NATS,
@@ -111,12 +112,11 @@ def forward(
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     fixed = device.type == "cpu"
-    ignored = targets == ignore_index
 
     def new(*shape: int, dtype: torch.dtype = head.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    logps, saved = new(n), [new(n) for _ in range(3)]
+    logps, saved = new(n), [new(n) for _ in range(3)] if need_weight_grad else []
     hidden_grad = new(n, d, dtype=rounded) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
@@ -127,15 +127,19 @@ def forward(
     job = _Pass(head, cols, stats, need_hidden_grad, mean)
 
     def run(index: Tensor | slice, at_max: bool, store: Tensor | None) -> Tensor:
-        skip = ignored[index]
-        y = targets[index].masked_fill(skip, 0)
+        y = targets[index]
+        skip = left_out(y, v, ignore_index)
         h = head.operand(hidden[index]).masked_fill(skip[:, None], 0)
-        done = _run_rows(job, h, y, at_max, store)
-        logps[index] = done.logps.masked_fill(skip, 0)
+        done = _run_rows(job, h, y.masked_fill(skip, 0), at_max, store)
+        logp = done.logps.masked_fill(skip, 0)
+        if not fixed:
+            logp.masked_fill_(outside(y, v, ignore_index), math.nan)
+        logps[index] = logp
         if hidden_grad is not None and done.grad is not None:
             hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(rounded)
-        for whole, part in zip(saved, done.saved, strict=True):
-            whole[index] = part
+        if saved:
+            for whole, part in zip(saved, done.saved, strict=True):
+                whole[index] = part
         for name, part in done.stats.items():
             found[name][index] = part.masked_fill(skip, 0)
         return done.others
@@ -194,9 +198,6 @@ def weight_grad(
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     trained = weight if adapter is None else adapter
     first = head.width - trained.shape[1]  # the column of hidden that meets its first
-    ignored = targets == ignore_index
-    factor = (-head.slope * grad_logps.to(head.dtype) * inv_sum).masked_fill(ignored, 0)  # [N]
-
     grad = torch.empty_like(trained, memory_format=torch.contiguous_format)
     bias_grad = None if bias is None or not need_bias_grad else torch.empty_like(bias)
     tiles = 0 if kept else head.tiles
@@ -205,11 +206,13 @@ def weight_grad(
     for v0, v1 in spans(v, cols):
         w, b = head.rows(v0, v1)
         whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
-        total = grad[v0:v1] if whole else factor.new_empty(v1 - v0, grad.shape[1])
+        total = grad[v0:v1] if whole else inv_sum.new_empty(v1 - v0, grad.shape[1])
         total.zero_()
-        bias_total = factor.new_zeros(v1 - v0)
+        bias_total = inv_sum.new_zeros(v1 - v0)
         for r0, r1 in spans(n, rows):
-            skip, k = ignored[r0:r1], factor[r0:r1]
+            skip = left_out(targets[r0:r1], v, ignore_index)
+            k = -head.slope * grad_logps[r0:r1].to(head.dtype) * inv_sum[r0:r1]
+            k = k.masked_fill(skip, 0)
             h = head.operand(hidden[r0:r1]).masked_fill(skip[:, None], 0)
             if kept:
                 tile = kept[0][r0:r1, v0:v1]

@@ -51,7 +51,7 @@ def _target_logits_kernel(
     adapter_ptr,  # [V, D - d_weight] or None
     bias_ptr,
     targets_ptr,  # [n_rows] int64
-    target_ptr,  # out: [n_rows] int32, the target, -1 where there is none
+    target_ptr,  # out: [n_rows] int32, the target, -1 where there is none, -2 outside [0, V)
     z_ptr,  # out: [n_rows] fp32, z_y, 0 where there is no target
     n_rows,
     ignore_index,
@@ -72,6 +72,7 @@ def _target_logits_kernel(
     row_ok = rows < n_rows
     y = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
     has = row_ok & (y != ignore_index) & (y >= 0) & (y < V)
+    none = tl.where(y == ignore_index, -1, -2)
     y = tl.where(has, y, 0)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -89,7 +90,7 @@ def _target_logits_kernel(
         raw += tl.load(bias_ptr + y, mask=has, other=0.0).to(tl.float32)
     z, _ = logit(raw, logit_scale, cap, SOFTCAP)
     tl.store(z_ptr + rows, tl.where(has, z, 0.0), mask=row_ok)
-    tl.store(target_ptr + rows, tl.where(has, y, -1).to(tl.int32), mask=row_ok)
+    tl.store(target_ptr + rows, tl.where(has, y, none).to(tl.int32), mask=row_ok)
 
 
 @triton.jit(do_not_specialize=CALL_INTS)
@@ -160,7 +161,9 @@ def _row_sums_kernel(
     logp = -tl.where(s_o < 1e18, _log1p(s_o * (1.0 / TARGET_E)), far)
     inverse = 1.0 / (s_o + TARGET_E)
     flag = has & (s_o >= FLAG)
-    tl.store(logps_ptr + rows, tl.where(has, logp, 0.0), mask=row_ok)
+    # NaN where the target is outside the vocabulary
+    none = tl.where(target == -2, float("nan"), 0.0)
+    tl.store(logps_ptr + rows, tl.where(has, logp, none), mask=row_ok)
     tl.store(share_ptr + rows, tl.where(has, s_o * inverse, 0.0), mask=row_ok)
     tl.store(inverse_ptr + rows, tl.where(has, inverse, 0.0), mask=row_ok)
     tl.store(lse_ptr + rows, tl.where(has, z - logp, 0.0), mask=row_ok)
@@ -233,7 +236,7 @@ def target_logits(
     ignore_index: int,
     logits: Logits,
 ) -> None:
-    """Writes the target [N] int32 (-1: none) and its logit z [N] of every row."""
+    """Writes the target [N] int32 (-1: none; -2: outside the vocabulary) and its logit z [N]."""
     n, d = hidden.shape
     _target_logits_kernel[(triton.cdiv(n, 4),)](
         hidden, *matrix.pointers, logits.bias, targets, target, z,

@@ -46,13 +46,16 @@ class Variant:
 class Plan:
     """A variant with its chunk of tokens (`rows`) and of the vocabulary (`cols`).
 
-    `splits`: the parts of a chunk that the second GEMM sums apart."""
+    `splits`: the parts of a chunk that the second GEMM sums apart. `block`: rows of dW whose
+    vectors exist at once, all of them or some chunks."""
 
     variant: Variant
     rows: int
     cols: int
     splits: int
+    block: int
     bytes: int  # of the buffer that a call works in
+    beside: int  # ... and of what it holds beside that and its results: vectors, E
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ _SPEEDS = {
     "sm120": (2.6e12, 1.6e12),
 }
 _LAUNCH = 6e-6  # seconds between two kernels
+_BLOCK_LAUNCHES = 24  # of what a block of dW's rows needs for its vectors and target rows
 
 
 @functools.cache
@@ -220,6 +224,20 @@ def _splits(problem: Problem, device: Device, rows: int) -> int:
     return max(1, min(MOST_SPLITS, device.sms // tiles))
 
 
+# Bytes for each row of a block: its target and factor, and torch.sort's work on targets.
+_VECTORS = 64
+
+
+def _blocks(problem: Problem, rows: int) -> tuple[int, ...]:
+    """Rows of dW that may have their vectors at once, the better first: all if those take little
+    of the workspace, else whole chunks of `rows`; one chunk at least."""
+    if problem.work != "weight":
+        return (rows,)
+    most = problem.workspace // 4 // _VECTORS
+    better = problem.n if problem.n <= most else most // rows * rows
+    return (max(better, rows), rows)
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
     """Fits the variant: the chunks that cost least by a roofline, within the workspace.
@@ -228,20 +246,30 @@ def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
     """
     best: tuple[float, Plan] | None = None
     least = None
-    beside = 64 * problem.n + (kept_bytes(problem) if problem.kept else 0)  # vectors [N], E
+    kept = kept_bytes(problem) if problem.kept else 0
+    block_v = variant.gemm.block_v
+    # What writes no tile's sums may take part of a tile.
+    least_cols = min(block_v, 128) if problem.work == "weight" else block_v
     for rows in _steps(problem.n, variant.gemm.block_n, 16):
-        for cols in _steps(problem.v, variant.gemm.block_v, variant.gemm.block_v):
-            if variant.share < 1 and cols > variant.gemm.block_v:
+        for cols in _steps(problem.v, block_v, least_cols):
+            if variant.share < 1 and cols > block_v:
                 if rows * cols * problem.e_bytes > variant.share * problem.workspace:
                     continue
             for splits in {1, _splits(problem, device, rows) if variant.split else 1}:
                 size = footprint(problem, variant, rows, cols, splits)
-                least = beside + size if least is None else min(least, beside + size)
-                if beside + size > problem.workspace:
-                    continue
-                cost = roofline(problem, variant, device, rows, cols, splits)
-                if best is None or cost < best[0]:
-                    best = (cost, Plan(variant, rows, cols, splits, size))
+                for block in _blocks(problem, rows):
+                    beside = kept + (_VECTORS * block if problem.work == "weight" else 0)
+                    least = beside + size if least is None else min(least, beside + size)
+                    if beside + size > problem.workspace:
+                        continue
+                    cost = roofline(problem, variant, device, rows, cols, splits)
+                    if block < problem.n and problem.work == "weight":
+                        apart = math.ceil(problem.v / cols) * math.ceil(problem.n / block)
+                        cost += apart * _BLOCK_LAUNCHES * _LAUNCH
+                    if best is None or cost < best[0]:
+                        fitted = Plan(variant, rows, cols, splits, block, size, beside)
+                        best = (cost, fitted)
+                    break
     if best is None:
         raise ValueError(
             f"linear_logps: workspace_bytes={problem.workspace} is too small for N={problem.n}, "
@@ -256,7 +284,7 @@ def footprint(problem: Problem, variant: Variant, rows: int, cols: int, splits: 
     n_tiles = math.ceil(problem.v / variant.gemm.block_v)
     wide = round_up(cols, 8)
     size = rows * problem.row_copy + cols * problem.col_copy
-    size += 8 * 256  # each buffer starts on a boundary of 256 bytes
+    size += 16 * 256  # each buffer starts on a boundary of 256 bytes
     if problem.work == "weight":
         if rows < problem.n or not problem.direct:
             size += cols * problem.d_trained * 4
@@ -264,6 +292,7 @@ def footprint(problem: Problem, variant: Variant, rows: int, cols: int, splits: 
         if problem.kept:
             return size
     else:
+        size += rows * 32  # six vectors of 4 bytes, and a copy of targets
         # At least what the exact kernels need of the same memory.
         size += rows * 4 * max(problem.fields * n_tiles, 5 * min(16, n_tiles))
         if problem.work == "hidden":
