@@ -6,6 +6,7 @@ gradients, optimizer states and activations are not. fp32. On a GPU see bench_tr
 """
 
 import argparse
+import gc
 import itertools
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ class AllocatedPeak(TrainerCallback):
     profiler: it sees every allocation, those inside kernels too."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        gc.collect()  # what an earlier run left, or it would be freed, and subtracted, in this one
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.__enter__()
 
