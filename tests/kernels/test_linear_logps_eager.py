@@ -2,13 +2,21 @@
 
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
-from fastdpo_kernels import linear_logps, linear_logps_call, linear_logps_eager, linear_logps_torch
+from fastdpo_kernels import (
+    linear_logps,
+    linear_logps_call,
+    linear_logps_eager,
+    linear_logps_torch,
+    linear_logps_torch_tiles,
+)
 from fastdpo_kernels.impls import STATS
 from tests import numerics
 from tests.kernels.linear_logps_cases import FLOATS, TRANSFORMS, peak_bytes
@@ -170,3 +178,164 @@ def test_the_call_chooses_it_once_for_all(monkeypatch, eager_alone):
     head = peaked_head(8, 16, 33)
     with pytest.raises(AssertionError, match="the chunked way ran"):
         linear_logps(head.hidden, head.weight, head.targets)
+
+
+# ---- on a GPU, where the host reads no value
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, eager_alone):
+    monkeypatch.setattr(linear_logps_eager, "_may_wait", lambda device: False)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_way_of_a_gpu_is_within_the_budgets(dtype, transform):
+    check(peaked_head(65, 33, 257, dtype=dtype, bias=True, ignored=0.2), **transform)
+    numerics.assert_adapter_close(
+        linear_logps, 65, 33, 257, 3, dtype=dtype, ignored=0.2, **transform
+    )
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bit_operands_are_fp32(dtype, monkeypatch):
+    """With the fp32-result GEMM of a GPU emulated; no exponential is rounded to 16 bits."""
+
+    def mm(a, b, *, out_dtype):
+        assert a.dtype == b.dtype == dtype
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(linear_logps_torch_tiles.Head, "halves", property(lambda head: True))
+    monkeypatch.setattr(torch, "mm", mm)
+    for transform in TRANSFORMS.values():
+        check(peaked_head(65, 33, 257, dtype=dtype, bias=True, ignored=0.1), **transform)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("gap", [70, 130, 3000])
+def test_no_row_overflows_on_a_gpu(gap):
+    check(far_head(40, 32, 300, gap=gap))
+    check(negative_head(40, 32, 300, level=gap))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_vocabulary_of_one_and_no_rows_on_a_gpu():
+    check(peaked_head(5, 8, 1))
+    check(peaked_head(0, 8, 33))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_masked_vocabulary_on_a_gpu():
+    test_a_masked_vocabulary()
+    head = peaked_head(40, 16, 101)
+    bias = torch.zeros(101)
+    bias[50:60] = -math.inf
+    never = torch.full_like(head.targets, 55)
+    got, stats = linear_logps(head.hidden, head.weight, never, bias=bias, stats=("entropy",))
+    assert got.isneginf().all() and stats.entropy is not None and stats.entropy.isfinite().all()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_near_certain_targets_on_a_gpu():
+    test_near_certain_targets_keep_their_relative_precision()
+
+
+OPTIONS: dict[str, Any] = {
+    "rounded": torch.float32,
+    "adapter": None,
+    "softcap": 5.0,
+    "scale": 1.0,
+    "temperature": 1.0,
+    "ignore_index": -100,
+    "workspace_bytes": 2**28,
+}
+EVERY = {"need_hidden_grad": True, "need_weight_grad": True, "keep": True, "stats": STATS}
+
+
+def test_the_host_reads_nothing_on_a_gpu():
+    """Meta tensors hold no values: whatever reads one, or needs one for a shape, raises."""
+    head = peaked_head(40, 16, 101, bias=True)
+    hidden, weight, targets, bias = (
+        t.to("meta") for t in (head.hidden, head.weight, head.targets, head.bias) if t is not None
+    )
+    got = linear_logps_eager.forward(hidden, weight, targets, bias=bias, **OPTIONS, **EVERY)
+    assert got.token_logps.shape == (40,) and got.hidden_grad is not None and got.stats is not None
+    dw, db = linear_logps_eager.weight_grad(
+        hidden, weight, targets, got.saved, got.token_logps, bias=bias, **OPTIONS,
+        need_bias_grad=True,
+    )  # fmt: skip
+    assert dw.shape == (101, 16) and db is not None and db.shape == (101,)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_target_outside_the_vocabulary_gives_nan_on_a_gpu():
+    head = peaked_head(40, 16, 101, ignored=0.2)
+    targets = head.targets.clone()
+    bad = torch.zeros(40, dtype=torch.bool)
+    for row, target in ((0, 101), (17, -1), (39, 2**40)):
+        targets[row], bad[row] = target, True
+    got = linear_logps_eager.forward(
+        head.hidden, head.weight, targets, bias=None, **OPTIONS, **EVERY
+    )
+    assert torch.equal(got.token_logps.isnan(), bad)
+    assert got.hidden_grad is not None and not got.hidden_grad[bad].any()
+    dw, _ = linear_logps_eager.weight_grad(
+        head.hidden, head.weight, targets, got.saved, head.grad, bias=None, **OPTIONS,
+        need_bias_grad=False,
+    )  # fmt: skip
+    assert dw.isfinite().all()
+
+
+def test_what_auto_takes_on_a_gpu():
+    with FakeTensorMode():
+
+        def chosen(n, d, v, dtype=torch.bfloat16, **changes):
+            hidden = torch.empty(n, d, dtype=dtype, device="cuda")
+            weight = torch.empty(v, d, dtype=dtype, device="cuda")
+            call = linear_logps_call.Call(
+                impl="auto", rounded=dtype, softcap=None, scale=1.0, temperature=1.0,
+                ignore_index=-100, stats=(), workspace_bytes=changes.pop("workspace", 2**28),
+                need_hidden_grad=True, need_weight_grad=False, need_bias_grad=False,
+            )  # fmt: skip
+            return call.chosen(hidden, weight, None, tiny=True).impl == "eager"
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear_logps_call, "choose_impl", lambda *args: "triton")
+            assert chosen(256, 128, 8000) and chosen(1, 64, 32000)
+            assert not chosen(263, 64, 8000)  # N V above 2^21
+            assert chosen(1400, 500, 1400, torch.float32)
+            assert not chosen(1400, 560, 1400, torch.float32)  # N V D above 2^30
+            assert not chosen(1, 4096, 32000)  # a copy of W in fp32
+            assert not chosen(256, 128, 8000, workspace=2**24)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_it_takes_no_more_memory_than_it_says_on_a_gpu(monkeypatch):
+    test_it_takes_no_more_memory_than_it_says(TRANSFORMS["softcap"], monkeypatch, None)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_inside_a_compiled_graph_a_frozen_head_comes_here(gpu, monkeypatch, request):
+    """When the graph runs, that is; a trained one saves what the graph knew beforehand."""
+    if gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    head = peaked_head(33, 16, 101, ignored=0.2)
+    ran = []
+    forward = linear_logps_eager.forward
+    monkeypatch.setattr(
+        linear_logps_eager, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k)
+    )
+
+    def both(hidden):
+        logps, stats = linear_logps(hidden, head.weight, head.targets, stats=("entropy",))
+        return (logps * head.grad).sum(), logps.detach(), stats.entropy
+
+    results = []
+    for op in (torch.compile(both, backend="aot_eager", fullgraph=True), both):
+        hidden = head.hidden.detach().requires_grad_()
+        loss, *rest = op(hidden)
+        results.append([*rest, *torch.autograd.grad(loss, hidden)])
+    assert len(ran) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -76,6 +76,28 @@ def test_inputs_that_broke_others(name, impl, dtype):
     check(head, impl, dtype, workspace_bytes=2**22, **({} if name == "far" else FULL))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_problems_by_all_logits_at_once(dtype):
+    """What "auto" takes for them: exact, repeatable, without a wait, and fit to be captured."""
+    for name in ("flat", "far", "negative", "odd", "one row"):
+        head = on_gpu(HEADS[name](dtype=DTYPES[dtype]))
+        check(head, "auto", dtype, **({} if name == "far" else FULL))
+    head = on_gpu(HEADS["odd"](dtype=DTYPES[dtype]))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want = linear_logps(head.hidden, head.weight, head.targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear_logps(head.hidden, head.weight, head.targets)
+    captured.fill_(0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, want)
+
+
 def rows_of(kind: str) -> list[Variant]:
     """What the selector may choose from on this device."""
     device = tiles.describe(torch.cuda.current_device())

@@ -94,8 +94,8 @@ def linear_logps(
         softcap, scale, temperature: the transform above; `softcap` and `temperature` are positive.
         stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats`
             comes back too.
-        impl: "auto" chooses by device and logs it once (on a CPU, vocabularies up to 4096 are not
-            divided); "torch" and "triton" run that or raise; "reference" is eager.
+        impl: "auto" chooses by device and logs it once (what is tiny, on a CPU vocabularies up to
+            4096, is not divided); "torch" and "triton" run that or raise; "reference" is eager.
         workspace_bytes: the bound on temporary memory; less makes smaller tiles, not another
             result in kind. Rows are taken in blocks: what it must hold depends on D and V alone.
 

@@ -1,24 +1,35 @@
-"""`linear_logps` for heads so small that calls cost more than work: all logits at once, on a CPU.
+"""`linear_logps` for problems so small that calls cost more than work: all logits at once.
 
-`linear_logps_torch.py` on one tile without its bookkeeping, and so to the same bits but for the
-gradients and the entropy; a call in which a row overflows goes there. `impl="auto"` takes it where
-`is_tiny`.
-With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
+On a CPU it is `linear_logps_torch.py` on one tile without its bookkeeping, and so to the same bits
+but for the gradients; a call in which a row overflows goes there. `impl="auto"` takes it where
+`is_tiny`. With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
     logp = -log(1 + s_o)        d logp / d z = (s_o at the target, -E elsewhere) / (1 + s_o)
+A GPU, which nobody waits for to hear of an overflow, takes `_by_log_odds`.
 Callers have checked the arguments.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear_logps_torch
 from .impls import ForwardResult, TokenStats
+from .linear_logps_targets import left_out
 from .linear_logps_torch_tiles import NATS, Head, exponents, one_minus_square, target_logits
 
-# At most two tiles of the chunked way. Which is faster, on a CPU, is measured by
+# On a CPU: at most two tiles of the chunked way. Which is faster is measured by
 # `python -m benchmarks.bench_linear_logps`: rows "fastdpo" and "fastdpo torch" at N <= 500.
 LARGEST_V = 4096
 LARGEST_BYTES = 64 * 2**20
+# On a GPU, unmeasured: the kernels' way costs the host some 0.2 ms, ten launches of Triton's and a
+# plan (and seconds once, to compile), this one about 25 launches of torch's, 0.1 ms. What it adds
+# in work should be less than the difference: some ten passes over [N, V] in fp32 are 84 MB at this
+# size, below 0.1 ms at 1 TB/s and mostly in L2; gradients in fp32 2 N V D operations each, below
+# 0.1 ms at 20 TFLOP/s.
+LARGEST_GPU_CELLS = 2**21
+LARGEST_GPU_PRODUCTS = 2**30
 
 
 def is_tiny(
@@ -34,12 +45,19 @@ def is_tiny(
     `joined`: an adapter [V, r] stands beside `weight`, and `hidden` is [N, D + r].
     """
     (n, d), v = hidden.shape, weight.shape[0]
-    if hidden.device.type != "cpu" or v > LARGEST_V:
-        return False
+    if hidden.device.type == "cuda":
+        small = n * v <= LARGEST_GPU_CELLS and n * v * d <= LARGEST_GPU_PRODUCTS
+    else:
+        small = hidden.device.type == "cpu" and v <= LARGEST_V
     wide = torch.promote_types(rounded, torch.float32)
     copies = 3 if joined or weight.dtype != wide else 0
     size = wide.itemsize * (6 * n * v + copies * v * d + 4 * n * d)
-    return size <= min(LARGEST_BYTES, workspace_bytes)
+    return small and size <= min(LARGEST_BYTES, workspace_bytes)
+
+
+def _may_wait(device: torch.device) -> bool:
+    """Whether the host may look at values."""
+    return device.type == "cpu"
 
 
 def forward(
@@ -62,6 +80,10 @@ def forward(
 ) -> ForwardResult:
     """See `impls.ForwardResult`; what is saved is d logp / d (hidden @ weight.T), [N, V]."""
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
+    if not _may_wait(hidden.device):
+        return _by_log_odds(
+            head, hidden, targets, ignore_index, set(stats), need_hidden_grad, need_weight_grad
+        )
     ignored = targets == ignore_index
     some = bool(ignored.any())
     y, h = targets, head.operand(hidden)
@@ -105,6 +127,76 @@ def forward(
     )
 
 
+def _by_log_odds(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    stats: set[str],
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+) -> ForwardResult:
+    """`forward` in the frame of each row's own largest logit, which nothing overflows.
+
+    With l = log sum exp z, the target left out: logp = -softplus(l - z_y), its slope in z_y is
+    sigmoid(l - z_y), in others -p. Reads no value on the host, so a CUDA graph can hold it.
+    """
+    v = head.weight.shape[0]
+    y = targets.clamp(0, v - 1)
+    ignored = targets == ignore_index
+    skip = ignored | (y != targets)
+    h = head.operand(hidden).masked_fill(skip[:, None], 0)
+    w, b = head.rows(0, v)
+    z = torch.mm(h, w.mT, out_dtype=head.dtype) if head.halves else h @ w.mT  # [N, V]
+    if b is not None:
+        z += b
+    tanh = None
+    if head.softcap is None:
+        z *= head.slope
+    else:
+        tanh = z.mul_(head.scale / head.softcap).tanh_()
+        z = tanh * (head.softcap / head.temperature)
+    at_y = y[:, None]
+    z_y = z.gather(1, at_y)  # [N, 1]
+    found = {}
+    if "mean_logits" in stats:
+        found["mean_logits"] = z.mean(1)
+    if "is_top1" in stats:
+        found["is_top1"] = z.argmax(1) == y
+    z.scatter_(1, at_y, -math.inf)
+    others = z.logsumexp(1, keepdim=True)
+    odds = others - z_y  # of "not y", in nat
+    logps = F.logsigmoid(-odds)
+    grad = d_logit = None
+    if stats or need_hidden_grad or need_weight_grad:
+        distance = z.sub_(torch.logaddexp(others, z_y))  # log p, -inf at the target
+        p = distance.exp()
+        if "entropy" in stats:
+            # A masked logit has p = 0 and must not make 0 * inf.
+            of_others = distance.clamp(min=-1e4).mul_(p).sum(1, keepdim=True)
+            found["entropy"] = -of_others - logps.exp() * logps.clamp(min=-1e4)
+        if "log_sum_sq_probs" in stats:
+            squares = distance.mul_(2).logsumexp(1, keepdim=True)
+            found["log_sum_sq_probs"] = torch.logaddexp(squares, 2 * logps)
+        d_logit = p.mul_(-head.slope)
+        of_target = odds.sigmoid() * head.slope
+        if tanh is not None:
+            flat = one_minus_square(tanh)
+            of_target *= flat.gather(1, at_y)
+            d_logit *= flat
+        d_logit.scatter_(1, at_y, of_target).masked_fill_(skip[:, None], 0)
+    if need_hidden_grad and d_logit is not None:
+        grad = (d_logit @ w.to(d_logit.dtype)).to(head.rounded)
+    found = {name: value.reshape(-1).masked_fill(skip, 0) for name, value in found.items()}
+    logps = logps.squeeze(1).masked_fill_(skip, math.nan).masked_fill_(ignored, 0)
+    return ForwardResult(
+        token_logps=logps,
+        hidden_grad=grad,
+        saved=(d_logit,) if need_weight_grad and d_logit is not None else (),
+        stats=TokenStats(**found) if stats else None,
+    )
+
+
 def weight_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -131,7 +223,7 @@ def weight_grad(
         )  # fmt: skip
     d_logit = next(iter(saved))
     trained = weight if adapter is None else adapter
-    ignored = targets == ignore_index
+    ignored = left_out(targets, weight.shape[0], ignore_index)
     h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(rounded).to(d_logit.dtype)
     g = grad_logps.to(d_logit.dtype)
     scaled = (h * g[:, None]).masked_fill_(ignored[:, None], 0)

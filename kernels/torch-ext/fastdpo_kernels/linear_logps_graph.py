@@ -39,11 +39,16 @@ def _flat(call: Call) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _call(hidden: Tensor, weight: Tensor, flat: Sequence[Any]) -> Call:
-    """What the number of rows decides elsewhere must not divide graphs: no tiny problems here."""
+def _call(
+    hidden: Tensor, weight: Tensor, flat: Sequence[Any], adapter: Tensor | None = None,
+    *, tiny: bool = False,
+) -> Call:  # fmt: skip
+    """What the number of rows decides elsewhere must not divide graphs: tiny problems go their own
+    way only when the graph runs, and only where that changes no shape, without a head to train."""
     fields = list(flat)
     fields[6] = tuple(name for name in fields[6].split(",") if name)
-    return Call(*fields).chosen(hidden, weight, None, tiny=False)
+    call = Call(*fields)
+    return call.chosen(hidden, weight, adapter, tiny=tiny and not call.need_head_grad)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_logps", mutates_args=())
@@ -68,7 +73,7 @@ def _forward(
     """[log-probs, statistics ..., d hidden up to a factor per row (or empty), saved ...]."""
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
-    call = _call(hidden, weight, flat)
+    call = _call(hidden, weight, flat, adapter, tiny=True)
     check_targets(targets, weight.shape[0], ignore_index)
     result = call.forward(hidden, weight, targets, bias, adapter, keep=False)
     grad = result.hidden_grad
