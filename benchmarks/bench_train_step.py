@@ -157,6 +157,41 @@ def phases_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(["case", "trainer", *phases.PHASES], lines)
 
 
+def shared_prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By case, what gathering shared prompts' rows and its backward take of fastdpo's step.
+
+    share: of the profiled one. of_timed: the same seconds over the fastest that was timed with a
+    live reference, compiled or not, and without a profiler: the larger share.
+    """
+    result = []
+    for row in rows:
+        if row["trainer"] != "fastdpo" or "phases" not in row:
+            continue
+        found = row["phases"]["shared prompts"]
+        timed = [
+            other["seconds_per_pair"]
+            for other in rows
+            if other["case"] == row["case"] and "seconds_per_pair" in other
+            and other["trainer"].startswith("fastdpo") and other["trainer"] != "fastdpo-best"
+        ]  # fmt: skip
+        of_timed = found["seconds"] / row["pairs"] / min(timed) if timed else None
+        shares = {"share": found["share"], "of_timed": of_timed}
+        result.append({"case": row["case"], **shares, "bar": phases.BAR_OF_SHARED})
+    return result
+
+
+def shared_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a case: see `shared_prompts`."""
+    lines = []
+    for found in shared_prompts(rows):
+        timed = "" if found["of_timed"] is None else f", {found['of_timed']:.2%} of the timed one"
+        lines.append(
+            f"{found['case']}: sharing prompts takes {found['share']:.2%} of the profiled step"
+            f"{timed}; the bar is {found['bar']:.0%}"
+        )
+    return lines
+
+
 def without_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What trainers lacked of their best, and where they gave way to memory, a line each."""
     lines: dict[str, None] = {}
@@ -296,22 +331,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     bandwidth = copy_bytes_per_second(device)
     results.extra |= {"matmul_tflops": peak_flops / 1e12, "copy_gb_per_second": bandwidth / 1e9}
     left_out: list[str] = []
-    shared = {"device": device, "data": options.data, "budget": budget}
+    common = {"device": device, "data": options.data, "budget": budget}
     repeats = options.repeats or (1 if cuda or options.smoke else 3)
     rates = {"flops_per_second": peak_flops, "bytes_per_second": bandwidth}
     try:
         for case in cases:
             left_out += measure_all(
                 [case], results, repeats=repeats, peak_flops=peak_flops,
-                unsloth_python=options.unsloth_python, **shared,
+                unsloth_python=options.unsloth_python, **common,
             )  # fmt: skip
             if not options.no_phases:
-                left_out += profile_all([case], results, rates=rates, **shared)
+                left_out += profile_all([case], results, rates=rates, **common)
     except CudaIsBroken as error:  # another process may go on: --resume
         print(f"bench_train_step: error: {error}", file=sys.stderr)
         return BROKEN
     summary = summaries(results.rows)
-    results.extra |= {"left_out": left_out, "summary": summary}
+    shared = shared_prompts(results.rows)
+    results.extra |= {"left_out": left_out, "summary": summary, "shared_prompts": shared}
     results.save()
     title = f"{facts['device']['name']}, commit {facts['commit']}"
     if summary:
@@ -321,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profiled = [row for row in results.rows if "phases" in row]
     if profiled:
         print("\nshare of the time by phase (times the least possible):")
-        print(phases_table(profiled))
+        print("\n".join([phases_table(profiled), *shared_lines(results.rows)]))
     for line in (*without_lines(results.rows), *left_out_lines(left_out)):
         print(line)
     ours_failed = [line for line in left_out if "/fastdpo" in line and ": failed: " in line]

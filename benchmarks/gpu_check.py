@@ -215,6 +215,7 @@ def summary(document: dict[str, Any], found: dict[str, dict], folder: Path) -> s
     training = found.get("training", {}).get("rows", [])
     if profiled := [row for row in training if "phases" in row]:
         lines += ["", bench_train_step.phases_table(profiled)]
+        lines += bench_train_step.shared_lines(training)
     if adapters := found.get("lora", {}).get("rows"):
         lines += ["", bench_lora.as_table(adapters)]
     lines += harness.left_out_lines(found.get("lora", {}).get("left_out", []))

@@ -28,14 +28,27 @@ BY_NAME = (
                             "chunkedlogprob", "log_softmax", "logsigmoid")),
     ("attention", ("scaled_dot_product", "flash_attn", "flash_attention", "flashattn", "varlen",
                    "flex_attention", "efficient_attention")),
+    # A frozen base's own products, and the unpacking before them.
+    ("GEMMs", ("bitsandbytes::", "matmul4bit", "matmul8bit", "fp8linear", "scaled_mm")),
     ("gathers and copies", ("index_select", "embedding", "memcpy", "memset")),
 )  # fmt: skip
 SHARED = "gatherrows"  # keys, values, hidden rows of prompts; backward: their segment sums
 # What an operator tells about itself where neither a name above nor a module does.
-GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_",
-            "mkldnn::_linear_pointwise")  # fmt: skip
+GEMM_OPS = ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm",
+            "aten::baddbmm", "aten::addmm_", "mkldnn::_linear_pointwise")  # fmt: skip
 MOST_RANKS = 3 * LORA_RANK  # of siblings' adapters multiplied together; bases are wider
+VIEWS = {  # or wrappers, inside which a copy is an operator of its own
+    f"aten::{name}" for name in (
+        "view", "_unsafe_view", "unflatten", "t", "transpose", "permute", "expand", "slice",
+        "select", "split", "split_with_sizes", "narrow", "unsqueeze", "squeeze", "as_strided",
+        "detach", "alias", "unbind", "chunk", "reshape", "_reshape_alias", "flatten", "contiguous",
+        "to", "resolve_conj", "resolve_neg", "empty", "empty_like", "empty_strided", "new_empty",
+    )
+}  # fmt: skip
 COPY_OPS = ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::clone", "aten::fill_")
+
+
+BAR_OF_SHARED = 0.03  # of a step: what sharing prompts may cost at most
 
 
 def against_least(
@@ -50,7 +63,7 @@ def against_least(
     """By phase: seconds, their share, and how many times the least possible they are.
 
     The least is a phase's necessary FLOPs at the rate of a square matmul or, where it has none,
-    the elements that its operators moved at the rate of a copy.
+    the elements that its operators moved at the rate of a large copy; a CPU's caches are faster.
     """
     total = sum(seconds.values())
     result: dict[str, dict[str, float | None]] = {}
@@ -72,7 +85,10 @@ def mark(model: nn.Module) -> list[Any]:
             hooks += _range(module, "norms")
         elif hasattr(module, "lora_A"):
             hooks += _range(module, "LoRA")
-            hooks += _range(module.get_submodule("base_layer"), "GEMMs")
+            if "forward" not in vars(
+                module
+            ):  # fastdpo.lora leaves layers with hooks inside to PEFT
+                hooks += _range(module.get_submodule("base_layer"), "GEMMs")
     return hooks
 
 
@@ -134,7 +150,8 @@ def _wait(device: torch.device) -> None:
 def by_phase(events: Iterable[Any], *, cuda: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds, and the least elements moved, by phase.
 
-    An operator moves at least its inputs and an output as large as the largest of them.
+    An operator moves at least its inputs and an output as large as the largest of them; what it
+    calls moves nothing more, and views move nothing.
     """
     events = [e for e in events if str(e.device_type).endswith("CPU")]
     forward = _forward_phases(events)
@@ -148,10 +165,28 @@ def by_phase(events: Iterable[Any], *, cuda: bool) -> tuple[dict[str, float], di
         if phase == "LoRA" and _is_base_product(event):
             phase = "GEMMs"
         seconds[phase] += time / 1e6
-        sizes = [_count(shape) for shape in event.input_shapes or ()]
-        if sizes:
+        if _moves(event, cuda=cuda):
+            sizes = _sizes(event)
             elements[phase] += sum(sizes) + max(sizes)
     return seconds, elements
+
+
+def _moves(event: Any, *, cuda: bool) -> bool:
+    """Whether an event's inputs are counted as moved: those of the outermost operator that has
+    work of its own, or of a function of ours that launches a kernel itself."""
+
+    def works(one: Any) -> bool:
+        return one.name not in VIEWS and (not cuda or one.self_device_time_total > 0)
+
+    if not (works(event) and any(_sizes(event)) and ("::" in event.name or cuda)):
+        return False
+    outer = (e for e in _chain(event.cpu_parent) if "::" in e.name and not _waits(e.name))
+    return not any(works(e) and any(_sizes(e)) for e in outer)
+
+
+def _sizes(event: Any) -> list[int]:
+    """Elements of each input; lists of tensors may have none that are known."""
+    return [_count(shape) for shape in event.input_shapes or ()]
 
 
 def _forward_phases(events: list[Any]) -> dict[int, str]:

@@ -73,6 +73,10 @@ def _gpu_case(shape: str, tuning: str, lengths: str) -> Case:
 CPU_CASES = (
     Case("tiny-untied", "full", "hh-text", 8, 32, TRAINERS),
     Case("tiny", "full", "hh-text", 8, 32, TRAINERS),
+    # For the phases of each kind of lengths.
+    Case("5M", "lora", "hh", 4, 2, ("fastdpo",)),
+    Case("5M", "lora", "ultrafeedback", 4, 2, ("fastdpo",)),
+    Case("5M", "lora", "long", 2, 2, ("fastdpo",), 8192),
 )
 SMOKE_CASES = (
     Case("tiny", "lora", "hh", 2, 2, TRAINERS, max_length=64),
@@ -186,6 +190,7 @@ class Bench:
         share = (last - last // 2) / job.steps_per_epoch  # of the pairs, in these steps
         return {
             "steps": last - last // 2,
+            "pairs": (last - last // 2) * self.case.pairs_per_step,
             "wall_seconds": watch.wall,
             "phases": phases.against_least(
                 watch.seconds,
@@ -240,6 +245,7 @@ def figures(
         "tokens_per_second": epochs * tokens / seconds,
         "mfu": epochs * flops / seconds / peak_flops,
         "waste": 1 - tokens / timing.tokens,
+        "seconds_per_pair": timing.seconds / len(lengths),
         "peak_gib": None if timing.peak_bytes is None else timing.peak_bytes / 2**30,
         **measured,
     }
