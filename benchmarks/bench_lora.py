@@ -52,7 +52,7 @@ COLUMNS = ("seconds", "x frozen", "paired", "gflops", "kept MiB", "operations", 
 
 @dataclass(frozen=True)
 class Case:
-    """Two layers of the shape `model` in `dtype`, on one pack of about `tokens`.
+    """Layers of the shape `model` in `dtype`, on one pack of about `tokens`.
 
     sizes: (hidden, intermediate, heads, key heads) where the shape is none of SHAPES.
     """
@@ -82,9 +82,9 @@ def cases(device: torch.device) -> tuple[Case, ...]:
 SMOKE_CASES = (Case("D=64", 256, rank=4, dtype="float32", sizes=(64, 128, 4, 2)),)
 
 
-def layers_of(case: Case, device: torch.device) -> nn.Module:
+def layers_of(case: Case, device: torch.device, n_layers: int = 2) -> nn.Module:
     config = copy.deepcopy(SHAPES["8B" if case.sizes else case.model])
-    config.num_hidden_layers = 2
+    config.num_hidden_layers = n_layers
     config.vocab_size = 1024
     if case.sizes:
         (

@@ -35,6 +35,7 @@ from .harness import (
 )
 from .train_cases import (
     CPU_CASES,
+    LAYERS,
     SECONDS_NEEDED,
     SMOKE_CASES,
     TRAINERS,
@@ -160,8 +161,8 @@ def phases_table(rows: Sequence[dict[str, Any]]) -> str:
 def shared_prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By case, what gathering shared prompts' rows and its backward take of fastdpo's step.
 
-    share: of the profiled one. of_timed: the same seconds over the fastest that was timed with a
-    live reference, compiled or not, and without a profiler: the larger share.
+    share: of the profiled one. of_timed: the same seconds over those of the fastest that was timed
+    without a profiler, with the same passes: whatever layers it had, the larger share.
     """
     result = []
     for row in rows:
@@ -172,7 +173,7 @@ def shared_prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             other["seconds_per_pair"]
             for other in rows
             if other["case"] == row["case"] and "seconds_per_pair" in other
-            and other["trainer"].startswith("fastdpo") and other["trainer"] != "fastdpo-best"
+            and other["trainer"] in ("fastdpo", "fastdpo-compiled", "fastdpo-liger")
         ]  # fmt: skip
         of_timed = found["seconds"] / row["pairs"] / min(timed) if timed else None
         shares = {"share": found["share"], "of_timed": of_timed}
@@ -297,8 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--trainers",
         nargs="+",
-        choices=(*TRAINERS, "fastdpo-uncompiled"),
-        help="these alone, by default all of a case",
+        choices=(*TRAINERS, *LAYERS),
+        help="these, by default those of each case, which has none with other layers",
     )
     parser.add_argument("--unsloth-python", help="a Python that has Unsloth, if not this one")
     parser.add_argument("--smoke", action="store_true", help="tiny models: does everything run?")
@@ -313,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.trainers:
         cases = [
             dataclasses.replace(
-                case, trainers=tuple(t for t in case.trainers if t in options.trainers)
+                case, trainers=tuple(t for t in (*TRAINERS, *LAYERS) if t in options.trainers)
             )
             for case in cases
         ]

@@ -1,4 +1,4 @@
-"""The GPU check: GPU tests, kernels, training steps, LoRA, in 9 minutes, correctness first.
+"""The GPU check: GPU tests, kernels, training steps, LoRA, layers, in 9 minutes, correctness first.
 
 `make gpu-check`, or `python3 -m benchmarks.gpu_check` from a bare checkout: nothing need be
 installed but torch with CUDA, transformers, peft, accelerate, matplotlib, pytest and hypothesis;
@@ -49,8 +49,9 @@ STAGES = (
     Stage("tests", "benchmarks.gpu_tests", "tests", 0.36, folded=True),
     Stage("kernels", "benchmarks.bench_linear_logps", "kernels", 0.34),
     Stage("loss", "benchmarks.bench_preference_loss", "loss", 0.10, folded=True),
-    Stage("training", "benchmarks.bench_train_step", "training", 0.8, least=30.0),
-    Stage("lora", "benchmarks.bench_lora", "lora", 1.0, folded=True),
+    Stage("training", "benchmarks.bench_train_step", "training", 0.66, least=30.0),
+    Stage("lora", "benchmarks.bench_lora", "lora", 0.4, folded=True),
+    Stage("body", "benchmarks.bench_body", "body", 1.0, folded=True),
 )
 
 
@@ -181,9 +182,9 @@ def check(
 
 
 def summary(document: dict[str, Any], found: dict[str, dict], folder: Path) -> str:
-    """A line a stage, then kernels and trainers against TRL's, and LoRA against the frozen base;
-    the rest is in the folder."""
-    from . import bench_linear_logps, bench_lora, bench_train_step, harness
+    """A line a stage, then kernels and trainers against TRL's, LoRA against the frozen base, and
+    layers compiled and not; the rest is in the folder."""
+    from . import bench_body, bench_linear_logps, bench_lora, bench_train_step, harness
 
     facts, tests = document["environment"], found.get("tests", {})
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -218,7 +219,10 @@ def summary(document: dict[str, Any], found: dict[str, dict], folder: Path) -> s
         lines += bench_train_step.shared_lines(training)
     if adapters := found.get("lora", {}).get("rows"):
         lines += ["", bench_lora.as_table(adapters)]
-    lines += harness.left_out_lines(found.get("lora", {}).get("left_out", []))
+    if layers := found.get("body", {}).get("rows"):
+        lines += ["", bench_body.as_table(layers)]
+    for name in ("lora", "body"):
+        lines += harness.left_out_lines(found.get(name, {}).get("left_out", []))
     return "\n".join([*lines, f"written: {folder}"])
 
 

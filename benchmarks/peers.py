@@ -122,8 +122,17 @@ def _fastdpo_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
     return _fastdpo(job, options)
 
 
-def _fastdpo_uncompiled(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
-    return _fastdpo(job, options | {"compile": "off"})
+def _fastdpo_compiled(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    return _fastdpo(job, options | {"compile": "layers"})
+
+
+def _fastdpo_liger(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    return _fastdpo(job, options | {"use_liger_kernel": True})
+
+
+def _fastdpo_graphs(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
+    options |= {"compile": "layers", "cuda_graphs": True, "gradient_checkpointing": False}
+    return _fastdpo(job, options)
 
 
 def _trl(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
@@ -172,7 +181,9 @@ def _trl_best(job: Job, options: dict[str, Any]) -> tuple[type, Any, Any]:
 TRAINERS: dict[str, Callable[[Job, dict[str, Any]], tuple[type, Any, Any]]] = {
     "fastdpo": _fastdpo,
     "fastdpo-best": _fastdpo_best,
-    "fastdpo-uncompiled": _fastdpo_uncompiled,
+    "fastdpo-compiled": _fastdpo_compiled,
+    "fastdpo-liger": _fastdpo_liger,
+    "fastdpo-graphs": _fastdpo_graphs,
     "trl": _trl,
     "trl-best": _trl_best,
     "unsloth": _trl,  # it replaces TRL's classes when it is imported
@@ -202,6 +213,13 @@ def absent(trainer: str) -> str | None:
     return f"{', '.join(missing)} not installed" if missing else None
 
 
+def layers_absent(trainer: str, device: torch.device) -> str | None:
+    """Why fastdpo can't have these layers here, or None."""
+    if trainer == "fastdpo-liger":
+        return _liger_missing(device)
+    return "needs a GPU" if trainer == "fastdpo-graphs" and device.type != "cuda" else None
+
+
 def unsloth_absent(device: torch.device, tuning: str, python: str | None) -> str | None:
     """Why Unsloth can't run here, or None; nothing of it is imported."""
     if tuning == "full":
@@ -225,7 +243,8 @@ def without(trainer: str, device: torch.device) -> list[str]:
 
 def rewrites_transformers(trainer: str, device: torch.device) -> bool:
     """Whether running `trainer` changes classes that the trainers after it would use."""
-    return trainer == "unsloth" or (trainer == "trl-best" and _liger_missing(device) is None)
+    with_liger = trainer in ("trl-best", "fastdpo-liger") and _liger_missing(device) is None
+    return trainer == "unsloth" or with_liger
 
 
 def _liger_missing(device: torch.device) -> str | None:

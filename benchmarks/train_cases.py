@@ -41,6 +41,8 @@ class Case:
 
 
 TRAINERS = ("fastdpo", "trl", "fastdpo-best", "trl-best", "unsloth")
+# fastdpo with other layers, where asked for: compiled, liger-kernel's, recorded as CUDA graphs.
+LAYERS = ("fastdpo-compiled", "fastdpo-liger", "fastdpo-graphs")
 LENGTHS = ("hh", "ultrafeedback", "long")
 # The bars come first: an interrupted run has decided what it could.
 FIRST = (
@@ -64,10 +66,8 @@ def gpu_cases() -> list[Case]:
 
 
 def _gpu_case(shape: str, tuning: str, lengths: str) -> Case:
-    # What compiling the layers is worth: where the bars are alone, since it takes its time.
-    trainers = (*TRAINERS, "fastdpo-uncompiled") if (tuning, lengths) == FIRST[0][1:] else TRAINERS
     max_length = 8192 if lengths == "long" else 2048
-    return Case(shape, tuning, lengths, PAIRS[lengths], STEPS[shape], trainers, max_length)
+    return Case(shape, tuning, lengths, PAIRS[lengths], STEPS[shape], TRAINERS, max_length)
 
 
 CPU_CASES = (
@@ -75,8 +75,8 @@ CPU_CASES = (
     Case("tiny", "full", "hh-text", 8, 32, TRAINERS),
     # For the phases of each kind of lengths.
     Case("5M", "lora", "hh", 4, 2, ("fastdpo",)),
-    Case("5M", "lora", "ultrafeedback", 4, 2, ("fastdpo",)),
-    Case("5M", "lora", "long", 2, 2, ("fastdpo",), 8192),
+    Case("5M", "lora", "ultrafeedback", 2, 2, ("fastdpo",)),
+    Case("5M", "lora", "long", 1, 2, ("fastdpo",), 8192),
 )
 SMOKE_CASES = (
     Case("tiny", "lora", "hh", 2, 2, TRAINERS, max_length=64),
@@ -148,6 +148,8 @@ class Bench:
         """Why `trainer` can't run this case here, or None."""
         if trainer == "unsloth":
             return peers.unsloth_absent(self.device, self.case.tuning, self.unsloth_python)
+        if trainer in LAYERS and (reason := peers.layers_absent(trainer, self.device)):
+            return reason
         return peers.absent(trainer) or workloads.absent(self.case.tuning)
 
     def measure(self, trainer: str, seconds: float | None = None) -> dict[str, Any]:
@@ -174,13 +176,15 @@ class Bench:
         raise torch.OutOfMemoryError(f"{trainer} with every setting that it was tried with")
 
     def profile(self, trainer: str, rates: dict[str, float]) -> dict[str, Any]:
-        """Seconds by phase over the second half of a run, and how far from the least they are."""
+        """Seconds by phase over the second half of a run, and how far from the least they are.
+
+        Layers are as they are: what is compiled has no phases.
+        """
         job = self.job()
-        uncompiled = "fastdpo-uncompiled" if trainer == "fastdpo" else trainer  # else one graph
         last = job.epochs * job.steps_per_epoch
         watch = phases.ProfileSteps(self.device, last // 2, last)
         policy, ref_model = self.models()
-        peers.run(uncompiled, job, policy, ref_model, self.tokenizer, [watch])
+        peers.run(trainer, job, policy, ref_model, self.tokenizer, [watch])
         flops = workloads.flops_by_phase(
             workloads.SHAPES[self.case.shape],
             self.lengths,

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_scaling, bench_train_step, harness, hh, peers, workloads
+from benchmarks import (
+    bench_scaling,
+    bench_train_step,
+    harness,
+    hh,
+    peers,
+    train_cases,
+    workloads,
+)
 from fastdpo.data import TokenizedPairs
 from fastdpo.packing import build_pack
 from tests.tiny import tiny_rows
@@ -230,6 +238,10 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
         for phase in ("GEMMs", "attention", "norms", "log-probs and loss", "optimizer"):
             assert spent[phase] > 0, (row["case"], row["trainer"], phase)
         assert (spent["shared prompts"] > 0) == (row["trainer"] == "fastdpo")
+    shares = document["shared_prompts"]
+    assert [share["case"] for share in shares] == [c.name for c in bench_train_step.SMOKE_CASES]
+    assert all(0 < share["share"] < 1 and share["of_timed"] > 0 for share in shares)
+    assert out.count("sharing prompts takes") == len(shares) and "the bar is 3%" in out
 
     # Resumed with nothing left to do; and stopped for time before it began.
     assert bench_train_step.main(["--smoke", "--output", str(path), "--resume"]) == 0
@@ -237,6 +249,30 @@ def test_the_training_benchmark_runs_and_its_trainers_do_the_same(tmp_path, caps
     late = tmp_path / "late.json"
     assert bench_train_step.main(["--smoke", "--output", str(late), "--seconds", "0"]) == 0
     assert json.loads(late.read_text())["rows"] == []
+
+
+def test_other_layers_are_trained_with_where_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+    bench = train_cases.Bench(bench_train_step.SMOKE_CASES[0], CPU)
+    options = {"compile": "off", "cuda_graphs": False, "use_liger_kernel": False}
+    plain = {name: peers._options(bench.job(), "unused") for name in train_cases.LAYERS}
+    found = {name: peers.TRAINERS[name](bench.job(), plain[name])[1] for name in plain}
+    for name, changed in (
+        ("fastdpo-compiled", {"compile": "layers"}),
+        ("fastdpo-liger", {"use_liger_kernel": True}),
+        ("fastdpo-graphs", {"compile": "layers", "cuda_graphs": True}),
+    ):
+        assert {key: getattr(found[name], key) for key in options} == {**options, **changed}
+    assert not found["fastdpo-graphs"].gradient_checkpointing
+    path = tmp_path / "layers.json"
+    arguments = ["--smoke", "--no-phases", "--output", str(path), "--only", "tiny-lora"]
+    words = [*arguments, "--trainers", "fastdpo-liger", "fastdpo-graphs"]
+    assert bench_train_step.main(words) == 0
+    left_out = json.loads(path.read_text())["left_out"]
+    assert left_out == [
+        f"tiny-lora-hh/fastdpo-liger/0: {peers.layers_absent('fastdpo-liger', CPU)}",
+        "tiny-lora-hh/fastdpo-graphs/0: needs a GPU",
+    ]
 
 
 def test_hh_reports_a_run(tmp_path, capsys):

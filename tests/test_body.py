@@ -1,6 +1,7 @@
 """Compiled layers and liger's: the same numbers, few graphs, and what can't be is refused."""
 
 import copy
+import json
 import sys
 import types
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 import fastdpo.body as body
+from benchmarks import bench_body, harness
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.body import (
     apply_liger,
@@ -151,6 +153,34 @@ def test_a_call_without_a_pack_is_not_compiled() -> None:
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3).numel() == 6
     )
     assert compiled_graphs() == before
+
+
+def test_the_benchmark_measures_what_can_be_had_here(tmp_path, capsys, monkeypatch) -> None:
+    """Also what of the layers a GPU alone can have, with stand-ins."""
+    path = tmp_path / "body.json"
+    arguments = ["--smoke", "--rounds", "1", "--output", str(path)]
+    assert bench_body.main(arguments) == 0
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["off", "layers"] and rows["off"]["x off"] == 1
+    assert rows["off"]["graphs"] == 0 < rows["layers"]["graphs"]
+    assert rows["layers"]["differs"] < 1e-5 and rows["layers"]["x off"] > 0  # fp32, four layers
+    assert capsys.readouterr().out.count("left out, needs a GPU") == 1
+
+    def make(variant, lora, case, device):
+        made.append(variant)
+        if variant == "fp8":
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return plain("off", lora, case, device)
+
+    made: list[str] = []
+    plain = bench_body.make
+    monkeypatch.setattr(bench_body, "absent", lambda *_: None)
+    monkeypatch.setattr(bench_body, "make", make)
+    assert bench_body.main(arguments) == harness.BROKEN
+    assert made == list(bench_body.VARIANTS)  # liger's last: it replaces what all models call
+    document = json.loads(path.read_text())
+    assert {row["variant"] for row in document["rows"]} == set(made) - {"fp8"}
+    assert bench_body.main([*arguments, "--resume"]) == 0  # not tried again
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def fake_rows() -> dict[str, list[dict]]:
         ],
         "loss": [],
         "lora": [{"case": "8B T=8192", "implementation": "fastdpo", "seconds": 1, "x frozen": 1.1}],
+        "body": [{"case": "0.5B T=2048", "variant": "graphs", "seconds": 1, "x off": 0.777}],
     }
 
 
@@ -67,7 +68,7 @@ def test_the_gpu_check_gathers_its_stages_in_one_folder(tmp_path, capsys, monkey
 
     folder = tmp_path / "out"
     assert gpu_check.check(400.0, "make gpu-check", folder=folder, run=run) == int(fails)
-    assert [name for name, _ in called] == ["tests", "kernels", "loss", "training", "lora"]
+    assert [name for name, _ in called] == ["tests", "kernels", "loss", "training", "lora", "body"]
     # Each may take its share of what is left, and all fit however long they take.
     assert all(seconds <= 400 for _, seconds in called) and called[0][1] < 200
     document = json.loads((folder / "gpu_check.json").read_text())
@@ -84,6 +85,7 @@ def test_the_gpu_check_gathers_its_stages_in_one_folder(tmp_path, capsys, monkey
     assert lines["head", "fastdpo"][2] == "3.000" and lines["c", "fastdpo"][2:4] == ["6.000"] * 2
     assert ("failed: a::two: RuntimeError: no" in printed) == fails
     assert document["results"]["lora"]["rows"] == rows["lora"] and "1.100" in printed
+    assert document["results"]["body"]["rows"] == rows["body"] and "0.777" in printed
 
 
 def test_a_stage_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
@@ -225,4 +227,4 @@ def test_the_whole_chain_runs_without_a_gpu(tmp_path):
     assert written == results | {"gpu_check.json", "log.txt"}
     found = json.loads((tmp_path / "gpu_check.json").read_text())["results"]
     assert found["tests"]["skipped"] and not found["tests"]["not_run"] and found["loss"]["rows"]
-    assert found["lora"]["rows"]
+    assert found["lora"]["rows"] and found["body"]["rows"]
