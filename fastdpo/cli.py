@@ -22,7 +22,7 @@ from .config_files import RECIPE, read_yaml
 from .errors import ConfigError, FastDPOError, did_you_mean
 from .help import help_lines
 from .model_config import ADAPTER_OPTIONS, ModelConfig
-from .option_names import options_by_name, unknown
+from .option_names import options_by_name, overridden, unknown
 from .options import AUTO, NONE, Option, describe
 from .script_arguments import ScriptArguments
 from .training_options import TrainingOptions
@@ -131,7 +131,7 @@ def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
         if values:
             raise ConfigError(f"two config files: the first argument and {flags['config']!r}")
         values = read_yaml(flags.pop("config"))
-    return {**values, **flags}
+    return overridden(values, flags)
 
 
 def _list(found: list[str]) -> list[str]:
@@ -340,7 +340,8 @@ def _summary(output_dir: Path, steps: int, metrics: dict[str, float]) -> list[st
     }
     measured = [f"{name} {value:.4f}" for name, value in shown.items() if value is not None]
     lines = [f"trained {steps} steps" + (f"; held out: {', '.join(measured)}" if measured else "")]
-    lines.append(f"  {output_dir}  the model or adapter, and the tokenizer")
+    is_adapter = (output_dir / "adapter_config.json").is_file()
+    lines.append(f"  {output_dir}  the {'adapter' if is_adapter else 'model'} and the tokenizer")
     for name, what in (
         (CONFIG_FILE, "every option, as the run had it"),
         (METRICS_FILE, "the log, one JSON object a line"),

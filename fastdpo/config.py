@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from .config_files import read_yaml, write_yaml
 from .errors import ConfigError, did_you_mean
 from .model_config import ModelConfig
-from .option_names import settle
+from .option_names import overridden, settle
 from .options import AUTO, checked_init, default_of, describe
 from .script_arguments import ScriptArguments
 from .training_options import PLANNED, TrainingOptions
@@ -150,9 +150,8 @@ class DPOConfig(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIn
         elsewhere = {**describe(ScriptArguments), **describe(ModelConfig)}
         ours = describe(TrainingOptions)
         values = read_yaml(path)
-        return cls(
-            **{k: v for k, v in values.items() if k in ours or k not in elsewhere} | overrides
-        )
+        own = {k: v for k, v in values.items() if k in ours or k not in elsewhere}
+        return cls(**overridden(own, overrides))
 
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the run that wrote its checkpoint."""

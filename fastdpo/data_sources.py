@@ -157,9 +157,11 @@ def _take_split(loaded: Any, split: str, name: str) -> datasets.Dataset:
     for wanted in re.split(r"\+", split):
         base = wanted.split("[")[0].strip()
         if base not in lengths:
+            some = next(iter(lengths), "train")
             raise DataError(
                 f"{name} has no split {base!r}, only {', '.join(map(repr, lengths))}"
-                f"{did_you_mean(base, lengths)}"
+                f"{did_you_mean(base, lengths)}; a part of a split serves as one too: "
+                f"dataset_train_split '{some}[:90%]' and dataset_test_split '{some}[90%:]'"
             )
     try:
         parts = package.ReadInstruction.from_spec(split).to_absolute(lengths)

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         check_can_push()
     output = Path(options.output)
     export(Path(options.run), output, merge=options.merge, dtype=options.dtype)
-    print(f"{output}  the model, or the adapter, and the tokenizer")
+    is_adapter = (output / "adapter_config.json").is_file()
+    print(f"{output}  the {'adapter' if is_adapter else 'model'} and the tokenizer")
     if options.push_to_hub:
         from .hub import push_folder
 

@@ -76,8 +76,9 @@ class Card:
             # A model card may be published: an example of the data stays in the run's folder.
             shown = [line for line in self.data if "data:" in line or "tokens:" in line]
             lines += ["```", *shown, "```"] if shown else []
-        lines += ["", "## Options", "", "| option | value |", "|---|---|"]
-        lines += [f"| {name} | `{value}` |" for name, value in self._options().items()]
+        if options := self._options():  # unknown of a folder that was saved beside its run
+            lines += ["", "## Options", "", "| option | value |", "|---|---|"]
+            lines += [f"| {name} | `{value}` |" for name, value in options.items()]
         return "\n".join(lines) + "\n"
 
     def _loading(self) -> list[str]:

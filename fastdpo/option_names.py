@@ -42,6 +42,16 @@ def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def overridden(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """`values`, and `by` in the place of those of the same option, whatever name it has there."""
+
+    def one_name(name: str) -> str:
+        return {**ALIASES, "warmup_ratio": "warmup_steps"}.get(name, name)
+
+    said = {one_name(name) for name in by}
+    return {name: value for name, value in values.items() if one_name(name) not in said} | by
+
+
 def _settle_warmup(given: dict[str, Any], ratio: Any) -> None:
     share = check(Option("warmup_ratio", (float,), False, Bound(at_least=0, below=1)), ratio)
     if share and given.get("warmup_steps"):

@@ -407,6 +407,7 @@ class DPOTrainer(TrainerInterface):
         if args.eval_on_start and self.state.global_step == 0:
             self._evaluate_and_track()
         started, self._first_step = time.perf_counter(), self.state.global_step
+        self._pairs_before = self.pack_stats.n_pairs  # of a run that is resumed
         self.run_log.throughput.reset()
         # What a first step that runs out of memory takes back: see start_over.
         self.before_first_step = self.metrics.sums.clone(), ckpt.rng_state()
@@ -501,7 +502,7 @@ class DPOTrainer(TrainerInterface):
         training_loss = self.metrics.run_loss()
         metrics = {
             "train_runtime": seconds,
-            "train_samples_per_second": self.pack_stats.n_pairs / seconds,
+            "train_samples_per_second": (self.pack_stats.n_pairs - self._pairs_before) / seconds,
             "train_steps_per_second": (self.state.global_step - self._first_step) / seconds,
             "train_loss": training_loss,
         }

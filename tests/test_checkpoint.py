@@ -35,7 +35,9 @@ def test_resume_is_bitwise_equal(tmp_path, lora, stop_at):
     for step in range(stop_at + 1, 8):
         shutil.rmtree(tmp_path / "cut" / "run" / f"checkpoint-{step}")
     resumed = trainer(tmp_path / "cut", **peft, **options)
-    resumed.train(resume_from_checkpoint=True)
+    metrics = resumed.train(resume_from_checkpoint=True).metrics
+    n_pairs = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert n_pairs == pytest.approx(4 * (7 - stop_at))  # not those of the run before
     for (name, a), b in zip(
         weights(whole.model).items(), weights(resumed.model).values(), strict=True
     ):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastdpo
 from fastdpo import cli
-from fastdpo.config import to_plain
+from fastdpo.config import DPOConfig, to_plain
 from fastdpo.config_files import recipes, write_yaml
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.help import HELP_PARTS
@@ -63,6 +63,12 @@ def test_flags_win_over_the_file(tmp_path):
     assert parse("--beta", "0.2", "--config", str(path)) == wanted
     with pytest.raises(ConfigError, match="two config files"):
         parse(str(path), "--config", str(path))
+    # As a run's own resolved_config.yaml is repeated, in which every option stands.
+    write_yaml(path, {"resume_from_checkpoint": None, "warmup_steps": 100})
+    assert parse(str(path), "--resume", "auto") == {"warmup_steps": 100, "resume": "auto"}
+    with_ratio = parse(str(path), "--warmup_ratio", "0.1")
+    assert with_ratio == {"resume_from_checkpoint": None, "warmup_ratio": 0.1}
+    assert DPOConfig.from_yaml(path, use_cpu=True, resume="auto").resume_from_checkpoint == "auto"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastdpo import cli
 from fastdpo.config_files import write_yaml
 from fastdpo.errors import CheckpointError, ConfigError, DataError
-from fastdpo.model_card import MARK
+from fastdpo.model_card import MARK, Card
 from tests.tiny import tiny_llama, tiny_pairs, tiny_rows, tiny_tokenizer
 from tests.tiny_trainer import bare_config, hidden_package, trainer
 
@@ -200,6 +200,11 @@ def test_the_model_card(base):
         assert "| beta | `" in body and "| learning_rate | `0.01` |" in body
         assert "from_pretrained(" in body and "[More Information Needed]" not in body
         assert "Question:" not in body  # no row of the data
+
+
+def test_a_card_says_only_what_is_known():
+    text = Card("clerk", "me/base", adapter=False, options={}).text()
+    assert "## Loading" in text and "## Options" not in text and "## Data" not in text
 
 
 def test_a_card_of_ones_own_stays(tmp_path):

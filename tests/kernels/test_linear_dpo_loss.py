@@ -119,6 +119,9 @@ def test_the_docstrings_example_runs():
     want = -torch.nn.functional.logsigmoid(margin[0] - margin[1]).mean()
     torch.testing.assert_close(scope["out"].loss, want)
     assert lm_head.weight.grad is not None and table.weight.grad is not None
+    scope |= {"labels": labels, "ref_logps": torch.zeros(4)}  # as the reference's own are made
+    exec("\n".join(lines), scope)
+    torch.testing.assert_close(scope["out"].logps, logps)
 
 
 def test_a_target_to_ignore_is_refused():

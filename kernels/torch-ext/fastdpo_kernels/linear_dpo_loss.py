@@ -46,7 +46,8 @@ def linear_dpo_loss(
             beta=0.1)
         out.loss.backward()
 
-    where `ref_logps` [2P] is the reference model's `out.logps` on the same rows.
+    where `ref_logps` [2P] is `out.logps` of the same call for the reference model, made once under
+    `torch.no_grad()` with zeros for the `ref_logps` that it has none of.
 
     Args:
         hidden: [N, D], the row that predicts each token of each response, one after the other.

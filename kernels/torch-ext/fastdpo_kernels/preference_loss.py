@@ -306,7 +306,10 @@ def _check(
 ) -> None:
     if (ref_token_logps is None) == (ref_logps is None):
         given = "neither" if ref_logps is None else "both"
-        raise ValueError(f"preference_loss: give ref_token_logps [N] or ref_logps [R], got {given}")
+        raise ValueError(
+            f"preference_loss: give ref_token_logps [N] or ref_logps [R], got {given}; without a "
+            "reference, or to score it itself, give zeros"
+        )
     expected = {
         "token_logps": (token_logps, _FLOATS, 1),
         "cu_responses": (cu_responses, (torch.int32,), 1),
