@@ -159,6 +159,10 @@ def test_a_target_outside_the_vocabulary_gives_nan():
         need_weight_grad=True, keep=True, workspace_bytes=2**20,
     )  # fmt: skip
     assert torch.equal(got.token_logps.isnan(), bad)
+    assert got.stats is not None
+    for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
+        assert torch.equal(getattr(got.stats, name).isnan(), bad), name
+    assert got.stats.is_top1 is not None and not got.stats.is_top1[bad].any()
     assert got.hidden_grad is not None and not got.hidden_grad[bad].any()
     grad, _ = driver.weight_grad(
         head.hidden, head.weight, targets, got.saved, head.grad, **options,

@@ -21,10 +21,11 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def run_interpreted(name: str, marks: str) -> None:
-    """Runs a file of tests beside this one with the interpreter on; fails with its report."""
+def run_interpreted(*names: str, marks: str) -> None:
+    """Runs files of tests beside this one with the interpreter on; fails with their report."""
+    files = [str(Path(__file__).with_name(name)) for name in names]
     command = [
-        sys.executable, "-m", "pytest", str(Path(__file__).with_name(name)), "-q", "-m", marks,
+        sys.executable, "-m", "pytest", *files, "-q", "-m", marks,
         "-p", "no:cacheprovider", "--durations=5",
     ]  # fmt: skip
     done = subprocess.run(

@@ -7,15 +7,15 @@ from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 @needs_interpreter
 def test_in_the_interpreter():
-    run_interpreted("interpreted_linear_logps.py", "not soak")
+    run_interpreted("interpreted_linear_logps.py", marks="not soak")
 
 
 @pytest.mark.soak
 @needs_interpreter
 def test_random_shapes_in_the_interpreter():
-    run_interpreted("interpreted_linear_logps.py", "soak")
+    run_interpreted("interpreted_linear_logps.py", marks="soak")
 
 
 @needs_interpreter
-def test_blocks_of_rows_in_the_interpreter():
-    run_interpreted("interpreted_row_blocks.py", "not soak")
+def test_blocks_of_rows_and_extremes_in_the_interpreter():
+    run_interpreted("interpreted_row_blocks.py", "interpreted_extremes.py", marks="not soak")

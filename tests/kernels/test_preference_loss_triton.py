@@ -5,4 +5,4 @@ from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 @needs_interpreter
 def test_in_the_interpreter():
-    run_interpreted("interpreted_preference_loss.py", "not soak")
+    run_interpreted("interpreted_preference_loss.py", marks="not soak")

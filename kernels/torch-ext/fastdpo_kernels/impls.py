@@ -25,7 +25,8 @@ class TokenStats:
 
     `entropy` [N] in nat; `mean_logits` [N], the mean over the vocabulary of the transformed
     logits; `is_top1` [N] bool, whether the target is the first of the largest logits;
-    `log_sum_sq_probs` [N], log(sum_v p_v^2). Rows whose target is `ignore_index` hold 0 and False.
+    `log_sum_sq_probs` [N], log(sum_v p_v^2). Rows whose target is `ignore_index` hold 0 and False;
+    NaN and False where one that was not looked at, on a GPU, is outside the vocabulary.
     """
 
     entropy: Tensor | None = None

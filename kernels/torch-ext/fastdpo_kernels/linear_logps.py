@@ -108,7 +108,7 @@ def linear_logps(
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target
             outside [0, V) is named at once on a CPU; on a GPU, which is not waited for, its row
-            gives NaN and a later call raises.
+            gives NaN (`is_top1`: False) and a later call raises.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     stats = tuple(stats)
@@ -181,9 +181,14 @@ def _reference(
         logps, every = linear_logps_reference(
             hidden, weight, targets, bias=bias, lora=lora, **transform
         )
+    found = {name: getattr(every, name) for name in stats}
     if bad is not None:
         logps = logps.masked_fill(bad, math.nan)
-    return (logps, TokenStats(**{s: getattr(every, s) for s in stats})) if stats else logps
+        found = {
+            name: value.masked_fill(bad, math.nan) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
+    return (logps, TokenStats(**found)) if stats else logps
 
 
 def _beside_adapter(

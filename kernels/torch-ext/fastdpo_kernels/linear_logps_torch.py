@@ -131,17 +131,17 @@ def forward(
         skip = left_out(y, v, ignore_index)
         h = head.operand(hidden[index]).masked_fill(skip[:, None], 0)
         done = _run_rows(job, h, y.masked_fill(skip, 0), at_max, store)
-        logp = done.logps.masked_fill(skip, 0)
-        if not fixed:
-            logp.masked_fill_(outside(y, v, ignore_index), math.nan)
-        logps[index] = logp
+        bad = None if fixed else outside(y, v, ignore_index)
+        for whole, part in ((logps, done.logps), *((found[s], done.stats[s]) for s in stats)):
+            part = part.masked_fill(skip, 0)
+            if bad is not None and part.is_floating_point():
+                part.masked_fill_(bad, math.nan)
+            whole[index] = part
         if hidden_grad is not None and done.grad is not None:
             hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(rounded)
         if saved:
             for whole, part in zip(saved, done.saved, strict=True):
                 whole[index] = part
-        for name, part in done.stats.items():
-            found[name][index] = part.masked_fill(skip, 0)
         return done.others
 
     for start, end in spans(n, rows):

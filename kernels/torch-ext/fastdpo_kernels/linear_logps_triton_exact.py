@@ -1,5 +1,6 @@
-"""Triton: rows of `linear_logps` that the fixed reference cannot hold (logp < -99.8), done exactly.
+"""Triton: rows of `linear_logps` that the fixed reference cannot hold, done exactly.
 
+Those with logp < -99.8, -inf among them: targets that a bias of -inf took out of the vocabulary.
 Two kernels, always launched, so that the host never waits for a device to hear whether any row was
 flagged; without flagged rows they return at once. They work with the row's own largest logit, in
 blocks of 16 rows, and are right for any row, but slow: one multiprocessor reads all of W for each
@@ -208,10 +209,11 @@ def _exact_rows_kernel(
             sums = tl.load(at + field, mask=mask, other=0.0)
             total = tl.sum(sums * fade, 0)
             # log-odds of "not y", and from them logp = -softplus
-            far = top + tl.log(total) - z_y
+            others = top + tl.log(total)
+            far = others - z_y
             shrink = tl.exp2(-tl.abs(far) * LOG2E)
             logp = -(tl.maximum(far, 0.0) + tl.log(1.0 + shrink))
-            lse = z_y - logp
+            lse = tl.maximum(others, z_y) + tl.log(1.0 + shrink)  # z_y and logp may be -inf
             share = tl.where(far > 0, 1.0, shrink) / (1.0 + shrink)
             if part == 0:
                 tl.store(logps_ptr + rows, logp, mask=flag)
@@ -222,7 +224,8 @@ def _exact_rows_kernel(
                     weighted = tl.load(at + 2 * field, mask=mask, other=0.0)
                     weighted += sums * tl.maximum(tops - top[None, :], LOWEST)
                     weighted = tl.sum(weighted * fade, 0)
-                    entropy = share * (lse - top - weighted / total) - tl.exp2(logp * LOG2E) * logp
+                    entropy = share * (lse - top - weighted / total)
+                    entropy -= tl.exp2(logp * LOG2E) * tl.maximum(logp, LOWEST)
                     tl.store(entropy_ptr + rows, entropy, mask=flag)
                     sum_z = tl.sum(tl.load(at + 3 * field, mask=mask, other=0.0), 0)
                     tl.store(mean_ptr + rows, sum_z / V, mask=flag)
@@ -243,7 +246,8 @@ def _exact_rows_kernel(
                         stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                     )  # fmt: skip
                     z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
-                    p = tl.exp2(tl.minimum(z - lse[:, None], 0.0) * LOG2E)
+                    d = z - lse[:, None]
+                    p = tl.exp2(tl.where(d > 0.0, 0.0, d) * LOG2E)  # a minimum would drop NaN
                     p = tl.where(cols[None, :] == target[:, None], 0.0, p) * flat
                     if e_ptr is not None:
                         if part == 0:

@@ -160,7 +160,8 @@ def _row_sums_kernel(
     far = tl.log(s_o) + OFFSET * LN2
     logp = -tl.where(s_o < 1e18, _log1p(s_o * (1.0 / TARGET_E)), far)
     inverse = 1.0 / (s_o + TARGET_E)
-    flag = has & (s_o >= FLAG)
+    # s_o may be NaN where z_y is -inf: -inf less -inf
+    flag = has & ((s_o >= FLAG) | (z == float("-inf")))
     # NaN where the target is outside the vocabulary
     none = tl.where(target == -2, float("nan"), 0.0)
     tl.store(logps_ptr + rows, tl.where(has, logp, none), mask=row_ok)
@@ -171,11 +172,11 @@ def _row_sums_kernel(
     tl.store(any_flag_ptr + rows * 0, tl.full((BLOCK_N,), 1, tl.int32), mask=flag & row_ok)
     if STATS:
         # -sum p log p with log p_v = (z_v - z_y) + logp
-        tl.store(entropy_ptr + rows, tl.where(has, -logp - weighted * inverse, 0.0), mask=row_ok)
-        tl.store(mean_ptr + rows, tl.where(has, sum_z / V, 0.0), mask=row_ok)
+        tl.store(entropy_ptr + rows, tl.where(has, -logp - weighted * inverse, none), mask=row_ok)
+        tl.store(mean_ptr + rows, tl.where(has, sum_z / V, none), mask=row_ok)
         tl.store(top1_ptr + rows, (has & (column == target)).to(tl.int8), mask=row_ok)
         log_squares = tl.log(squares) + 2.0 * (top - (z - logp))
-        tl.store(squares_ptr + rows, tl.where(has, log_squares, 0.0), mask=row_ok)
+        tl.store(squares_ptr + rows, tl.where(has, log_squares, none), mask=row_ok)
 
 
 @triton.jit(do_not_specialize=CALL_INTS)
