@@ -65,6 +65,7 @@ def forward_and_backward(
     grad: bool,
     kept: bool,
     r: int = 0,
+    workspace: int = 2**28,
 ) -> None:
     """`r`: the rank of an adapter; 0: none."""
     d, v = 64, 1000
@@ -75,15 +76,16 @@ def forward_and_backward(
     stats = ("entropy",) if full else ()
     matrix = jobs.matrix_of(weight, torch.randn(v, r) if r else None)
     job = jobs.Job(hidden, dtype, matrix, logits, stats, grad, True, kept, device)
-    plan = planned(job, "hidden" if grad else "sums")
+    plan = planned(job, "hidden" if grad else "sums", workspace)
     saved = driver.run_forward(job, targets, -100, plan).saved
     job = jobs.Job(hidden, dtype, matrix, logits, (), False, True, kept, device)
-    plan = planned(job, "weight")
+    plan = planned(job, "weight", workspace)
+    assert (plan.block < n) == (workspace < 2**28)
     driver.run_weight_grad(job, targets, -100, saved, torch.ones(n), full, plan)
 
 
-def planned(job: jobs.Job, work: str) -> tiles.Plan:
-    problem = jobs.problem_of(job, work, 2**28)
+def planned(job: jobs.Job, work: str, workspace: int) -> tiles.Plan:
+    problem = jobs.problem_of(job, work, workspace)
     return tiles.plan(problem, tiles.default_variant(problem, job.device), job.device)
 
 
@@ -105,6 +107,11 @@ def main() -> None:
             forward_and_backward(device, dtype, n, full=False, grad=False, kept=False)
             forward_and_backward(device, dtype, n, full=True, grad=True, kept=True)
             forward_and_backward(device, dtype, n, full=False, grad=True, kept=False, r=16)
+        for n in (600, 608):  # in blocks of rows: dW's target rows meet fp32 sums
+            context |= {"dtype": f"{name} in blocks", "n": n}
+            forward_and_backward(
+                device, dtype, n, full=True, grad=True, kept=False, workspace=120_000
+            )
     for responses in (2, 16):
         context |= {"dtype": "float32", "n": responses}
         cu = torch.arange(responses + 1, dtype=torch.int32)
