@@ -165,10 +165,11 @@ def _layer_types(model: PreTrainedModel) -> list[str]:
 
 
 def _relative_error(rows: Tensor, expected: Tensor) -> float:
-    """Mean over rows of |row - expected| / |expected|."""
+    """Mean over rows of |row - expected| / |expected|; a padding token's row may be all zero."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows, expected = rows.to(dtype), expected.to(dtype)
-    return float(((rows - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+    size = expected.norm(dim=-1)
+    return float(((rows - expected).norm(dim=-1) / size.clamp(min=1e-6 * size.mean())).mean())
 
 
 def _probe_pairs(model: PreTrainedModel) -> TokenizedPairs:

@@ -127,6 +127,8 @@ FAMILIES = [
         },
         why="layers of type linear_attention",
     ),
+    Family("RecurrentGemma", "RecurrentGemma", {"num_hidden_layers": 3},
+           why="layers of type linear_attention"),
     Family(
         "Falcon-H1",
         "FalconH1",

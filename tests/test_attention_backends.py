@@ -185,3 +185,38 @@ def test_kernels_are_tried_in_the_order_of_their_speed(monkeypatch, caplog) -> N
     assert "flash_attention_4 failed when tried: no kernel image is available" in caplog.text
     assert "varlen_attn 2.00 ms" in caplog.text
     attention._by_speed.cache_clear()
+
+
+def test_what_is_timed_is_a_layers_attention_both_ways(monkeypatch) -> None:
+    """`_milliseconds` itself, on a CPU with a clock in the place of CUDA's events."""
+    moments = iter([0.0, 9.0, 0.0, 8.0, 0.0, 3.0, 0.0, 1.0, 0.0, 2.0, 0.0, 5.0, 0.0, 4.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(moments)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    seen = []
+
+    def run(q, k, v, layout, **options):
+        seen.append((q.shape, k.shape, v.shape, q.requires_grad and k.requires_grad))
+        return backends._sdpa(q, k, v, layout, **options)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setitem(backends.RUN, "varlen_attn", run)
+    layout = attention._layout_to_time()
+    found = attention._milliseconds("varlen_attn", layout, CPU, torch.float32, (4, 2, 8))
+    assert found == 3.0  # the median of the five after two to warm up: 3, 1, 2, 5, 4
+    n_q, n_k = layout.segments[-1][1], layout.segments[-1][3]
+    assert n_q == 16 * (256 + 2 * 128) and n_k == 16 * 2 * (256 + 128)
+    assert seen == [((n_q, 4, 8), (n_k, 2, 8), (n_k, 2, 8), True)] * 7
+    with pytest.raises(StopIteration):  # every turn was taken
+        next(moments)

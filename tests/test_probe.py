@@ -14,6 +14,7 @@ from fastdpo.batch import PackLayout
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.logps import prepare_packed_forward
 from fastdpo.packing import build_pack
+from fastdpo.probe import _relative_error
 from fastdpo.rows import RowGather
 
 from . import families
@@ -245,3 +246,13 @@ def test_autocast_gives_what_plain_autocast_gives() -> None:
     assert found.dtype == torch.float32
     assert 1e-5 < (found - exact).abs().max() < 0.5  # as above
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_rows_of_zeros_are_compared_too() -> None:
+    """A padding token's row may be zero in both; where it is in one alone, that is a failure."""
+    rows = torch.randn(4, 8)
+    rows[1] = 0
+    assert _relative_error(rows, rows) == 0
+    found = rows.clone()
+    found[1, 0] = 1e-3
+    assert _relative_error(found, rows) > 1
