@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
+from fastdpo_kernels import raise_pending
+
 from .batch import Pack
 from .config import DPOConfig
 from .data import TokenizedPairs
@@ -62,6 +64,7 @@ def evaluate_pairs(
                 metrics.add(loss, scored.pack, scored.stats)
             waiting.clear()
         after_batch()
+    raise_pending()  # the numbers below wait for the device anyway
     seconds = time.perf_counter() - started
     logs = {f"{prefix}_{key}": value for key, value in metrics.read().items()}
     logs[f"{prefix}_runtime"] = seconds

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastdpo_kernels import raise_pending
+
 from .errors import ConfigError, ModelError
 from .held_step import mask_gradients, step_unless
 from .runtime import sum_over_ranks
@@ -223,8 +225,13 @@ def finite_or_none(value: torch.Tensor | None) -> float | None:
 
 
 def refuse_nonfinite(trainer: DPOTrainer) -> None:
-    """Says which step since the last call was not finite, if one was; `stop` ends the run."""
+    """Says which step since the last call was not finite, if one was; `stop` ends the run.
+
+    Waits for the device, and so asks first for what the kernels found wrong with targets or bounds
+    there: that is NaN in the loss, and no fault of the step.
+    """
     assert trainer.train_pairs is not None and trainer.optimizer is not None
+    raise_pending()
     bad = trainer.guard.read()
     if bad is None:
         return

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from fastdpo_kernels import raise_pending
+
 from .batch import Pack
 from .data import TokenizedPairs
 from .errors import ModelError
@@ -155,6 +157,7 @@ def _compute(
     (token_logps,) = source.token_logps([pack])
     assert token_logps is not None  # a source that gives none is never computed first
     values = token_logps.float().cpu().numpy()
+    raise_pending()
     bounds = pack.cu_responses.tolist()
     for response, (pair_id, side) in enumerate(pack.responses):
         slot = result.slots[pair_id, side]

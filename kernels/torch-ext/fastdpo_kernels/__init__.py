@@ -4,6 +4,7 @@ Usable alone: it imports torch, triton and the standard library, nothing of any 
 """
 
 from .impls import TokenStats
+from .late import raise_pending
 from .linear_dpo_loss import linear_dpo_loss
 from .linear_logps import linear_logps
 from .preference_loss import PreferenceOutput, preference_loss
@@ -14,4 +15,5 @@ __all__ = [
     "linear_dpo_loss",
     "linear_logps",
     "preference_loss",
+    "raise_pending",
 ]

@@ -108,7 +108,7 @@ def linear_logps(
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target
             outside [0, V) is named at once on a CPU; on a GPU, which is not waited for, its row
-            gives NaN (`is_top1`: False) and a later call raises.
+            gives NaN (`is_top1`: False) and a later call raises, or `raise_pending`.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     stats = tuple(stats)

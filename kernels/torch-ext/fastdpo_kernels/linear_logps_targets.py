@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .late import check_later, raise_late
+from .late import check_later, looks_later, raise_late
 
 NO_TARGET = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 BLOCK = 2**18  # rows
@@ -23,7 +23,7 @@ def left_out(targets: Tensor, v: int, ignore_index: int) -> Tensor:
 def outside(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     """... but NaN to these, which are neither in the vocabulary nor ignored: [N] bool.
 
-    There are none on a CPU, where `check_targets` raises.
+    There are none where `check_targets` raises at once.
     """
     return (targets != ignore_index) & ((targets < 0) | (targets >= v))
 
@@ -34,16 +34,16 @@ def blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def check_targets(targets: Tensor, v: int, ignore_index: int) -> None:
-    """Raises ValueError for a target outside [0, V): at once on a CPU; on a GPU, whose values are
-    not waited for, a later call does."""
-    on_cpu = targets.device.type == "cpu"
-    if not on_cpu:
+    """Raises ValueError for a target outside [0, V): at once on a CPU and wherever else nobody
+    looks later; on a CUDA device, whose values are not waited for, a later call does."""
+    at_once = not looks_later(targets.device)
+    if not at_once:
         raise_late()
     reports = []
     for start, end in blocks(len(targets), BLOCK):
         some = targets[start:end]
         bad = outside(some, v, ignore_index)
-        if on_cpu:
+        if at_once:
             if bad.any():
                 row = int(bad.nonzero()[0])
                 raise ValueError(_bad_target(start + row, int(some[row]), v, ignore_index))

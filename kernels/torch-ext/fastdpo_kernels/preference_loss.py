@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .impls import PreferenceForward, choose_impl, is_transformed
-from .late import check_later, raise_late
+from .late import check_later, looks_later, raise_late
 from .reference import preference_loss_reference
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -82,7 +82,7 @@ def preference_loss(
         TypeError, ValueError: arguments that do not fit each other or lie outside their domain,
             naming both sides. What is wrong with the values of `cu_responses` or `pairs` is named
             at once on a CPU; on a GPU, which is not waited for, such a response or pair gives NaN
-            and a later call raises.
+            and a later call raises, or `raise_pending`.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
     _check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
@@ -354,12 +354,12 @@ def _check(
 
 
 def _check_values(cu_responses: Tensor, pairs: Tensor, n: int) -> None:
-    """At once on a CPU; what lies on a GPU is looked at later."""
-    if cu_responses.device.type == "cpu":
-        _look(n, cu_responses, pairs)
-    else:
+    """At once on a CPU and wherever else nobody looks later, as on CUDA devices."""
+    if looks_later(cu_responses.device):
         raise_late()
         check_later(functools.partial(_look, n), cu_responses, pairs)
+    else:
+        _look(n, cu_responses, pairs)
 
 
 def _look(n: int, cu_responses: Tensor, pairs: Tensor) -> None:
