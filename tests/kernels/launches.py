@@ -66,8 +66,9 @@ def forward_and_backward(
     kept: bool,
     r: int = 0,
     workspace: int = 2**28,
+    dw: bool = True,
 ) -> None:
-    """`r`: the rank of an adapter; 0: none."""
+    """`r`: the rank of an adapter; 0: none. `dw`: not the bias alone is trained."""
     d, v = 64, 1000
     hidden, weight = torch.randn(n, d + r).to(dtype), torch.randn(v, d).to(dtype)
     targets = torch.randint(0, v, (n,))
@@ -75,10 +76,10 @@ def forward_and_backward(
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
     matrix = jobs.matrix_of(weight, torch.randn(v, r) if r else None)
-    job = jobs.Job(hidden, dtype, matrix, logits, stats, grad, True, kept, device)
+    job = jobs.Job(hidden, dtype, matrix, logits, stats, grad, dw, True, kept, device)
     plan = planned(job, "hidden" if grad else "sums", workspace)
     saved = driver.run_forward(job, targets, -100, plan).saved
-    job = jobs.Job(hidden, dtype, matrix, logits, (), False, True, kept, device)
+    job = jobs.Job(hidden, dtype, matrix, logits, (), False, dw, True, kept, device)
     plan = planned(job, "weight", workspace)
     assert (plan.block < n) == (workspace < 2**28)
     driver.run_weight_grad(job, targets, -100, saved, torch.ones(n), full, plan)
@@ -107,6 +108,8 @@ def main() -> None:
             forward_and_backward(device, dtype, n, full=False, grad=False, kept=False)
             forward_and_backward(device, dtype, n, full=True, grad=True, kept=True)
             forward_and_backward(device, dtype, n, full=False, grad=True, kept=False, r=16)
+            for kept in (True, False):
+                forward_and_backward(device, dtype, n, full=True, grad=True, kept=kept, dw=False)
         for n in (600, 608):  # in blocks of rows: dW's target rows meet fp32 sums
             context |= {"dtype": f"{name} in blocks", "n": n}
             forward_and_backward(

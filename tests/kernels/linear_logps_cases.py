@@ -32,6 +32,7 @@ def saved_kept(head: Head, workspace_bytes: int) -> bool:
         stats=(),
         need_hidden_grad=True,
         need_weight_grad=True,
+        need_bias_grad=False,
         keep=True,
         workspace_bytes=workspace_bytes,
     )

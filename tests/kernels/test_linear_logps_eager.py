@@ -251,7 +251,8 @@ OPTIONS: dict[str, Any] = {
     "ignore_index": -100,
     "workspace_bytes": 2**28,
 }
-EVERY = {"need_hidden_grad": True, "need_weight_grad": True, "keep": True, "stats": STATS}
+HEAD: dict[str, Any] = {"need_weight_grad": True, "need_bias_grad": True}
+EVERY = {"need_hidden_grad": True, **HEAD, "keep": True, "stats": STATS}
 
 
 def test_the_host_reads_nothing_on_a_gpu():
@@ -263,10 +264,9 @@ def test_the_host_reads_nothing_on_a_gpu():
     got = linear_logps_eager.forward(hidden, weight, targets, bias=bias, **OPTIONS, **EVERY)
     assert got.token_logps.shape == (40,) and got.hidden_grad is not None and got.stats is not None
     dw, db = linear_logps_eager.weight_grad(
-        hidden, weight, targets, got.saved, got.token_logps, bias=bias, **OPTIONS,
-        need_bias_grad=True,
-    )  # fmt: skip
-    assert dw.shape == (101, 16) and db is not None and db.shape == (101,)
+        hidden, weight, targets, got.saved, got.token_logps, bias=bias, **OPTIONS, **HEAD
+    )
+    assert dw is not None and dw.shape == (101, 16) and db is not None and db.shape == (101,)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -282,10 +282,9 @@ def test_a_target_outside_the_vocabulary_gives_nan_on_a_gpu():
     assert torch.equal(got.token_logps.isnan(), bad)
     assert got.hidden_grad is not None and not got.hidden_grad[bad].any()
     dw, _ = linear_logps_eager.weight_grad(
-        head.hidden, head.weight, targets, got.saved, head.grad, bias=None, **OPTIONS,
-        need_bias_grad=False,
-    )  # fmt: skip
-    assert dw.isfinite().all()
+        head.hidden, head.weight, targets, got.saved, head.grad, bias=None, **OPTIONS, **HEAD
+    )
+    assert dw is not None and dw.isfinite().all()
 
 
 def test_what_auto_takes_on_a_gpu():

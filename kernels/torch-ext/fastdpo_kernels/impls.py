@@ -43,7 +43,7 @@ class ForwardResult:
     not looked at, on a GPU, is outside the vocabulary. `hidden_grad` [N, D], in the dtype of
     `hidden`: the derivative of each token's log-prob with respect to its own hidden row, not yet
     multiplied by the incoming gradient; None if not asked for. `saved`: what the implementation's
-    own `weight_grad` wants to see again (empty if no weight gradient is due).
+    own `weight_grad` wants to see again (empty if no gradient of weight or bias is due).
     """
 
     token_logps: Tensor

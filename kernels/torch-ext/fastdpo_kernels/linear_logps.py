@@ -235,8 +235,6 @@ class _LinearLogps(torch.autograd.Function):
             d_trained, d_bias = call.weight_grad(
                 hidden, weight, targets, bias, adapter, tuple(saved), grad_logps
             )
-            if not call.need_weight_grad:
-                d_trained = None
         if torch.is_grad_enabled():  # create_graph=True
             inputs = (grad_logps, anchor, weight, bias, adapter)
             d_hidden, d_trained, d_bias = _Once.apply(*inputs, d_hidden, d_trained, d_bias)

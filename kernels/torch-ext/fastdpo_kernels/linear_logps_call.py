@@ -84,7 +84,8 @@ class Call:
                 **self._transform,
                 stats=self.stats,
                 need_hidden_grad=self.need_hidden_grad,
-                need_weight_grad=self.need_head_grad,
+                need_weight_grad=self.need_weight_grad,
+                need_bias_grad=self.need_bias_grad,
                 keep=keep,
                 workspace_bytes=self.workspace_bytes,
             )
@@ -98,8 +99,8 @@ class Call:
         adapter: Tensor | None,
         saved: tuple[Tensor, ...],
         grad_logps: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """dW [V, D], or the adapter's [V, r], and db [V] (None if not asked for)."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dW [V, D], or the adapter's [V, r], and db [V]; None for what was not asked for."""
         with _undisturbed(hidden.device):
             return self._module.weight_grad(
                 hidden.detach(),
@@ -112,6 +113,7 @@ class Call:
                 bias=_detach(bias),
                 **self._transform,
                 workspace_bytes=self.workspace_bytes,
+                need_weight_grad=self.need_weight_grad,
                 need_bias_grad=self.need_bias_grad,
             )
 

@@ -75,14 +75,16 @@ def forward(
     stats: tuple[str, ...],
     need_hidden_grad: bool,
     need_weight_grad: bool,
+    need_bias_grad: bool,
     keep: bool,
     workspace_bytes: int,
 ) -> ForwardResult:
     """See `impls.ForwardResult`; what is saved is d logp / d (hidden @ weight.T), [N, V]."""
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
+    head_grad = need_weight_grad or need_bias_grad
     if not _may_wait(hidden.device):
         return _by_log_odds(
-            head, hidden, targets, ignore_index, set(stats), need_hidden_grad, need_weight_grad
+            head, hidden, targets, ignore_index, set(stats), need_hidden_grad, head_grad
         )
     ignored = targets == ignore_index
     some = bool(ignored.any())
@@ -100,7 +102,7 @@ def forward(
             hidden, weight, targets, rounded=rounded, adapter=adapter, bias=bias,
             softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
             stats=stats, need_hidden_grad=need_hidden_grad, need_weight_grad=need_weight_grad,
-            keep=keep, workspace_bytes=workspace_bytes,
+            need_bias_grad=need_bias_grad, keep=keep, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     logps = -s_o.log1p()
     inv_sum = 1 / (1 + s_o)
@@ -110,7 +112,7 @@ def forward(
         if some:
             found = {name: value.masked_fill(ignored, 0) for name, value in found.items()}
     grad = d_logit = None
-    if need_hidden_grad or need_weight_grad:
+    if need_hidden_grad or head_grad:
         d_logit = e.mul_((-head.slope * inv_sum)[:, None])
         if tanh is not None:
             d_logit.mul_(one_minus_square(tanh))
@@ -122,7 +124,7 @@ def forward(
     return ForwardResult(
         token_logps=logps.masked_fill_(ignored, 0) if some else logps,
         hidden_grad=grad,
-        saved=(d_logit,) if need_weight_grad and d_logit is not None else (),
+        saved=(d_logit,) if head_grad and d_logit is not None else (),
         stats=TokenStats(**found) if stats else None,
     )
 
@@ -134,7 +136,7 @@ def _by_log_odds(
     ignore_index: int,
     stats: set[str],
     need_hidden_grad: bool,
-    need_weight_grad: bool,
+    need_head_grad: bool,
 ) -> ForwardResult:
     """`forward` in the frame of each row's own largest logit, which nothing overflows.
 
@@ -168,7 +170,7 @@ def _by_log_odds(
     odds = others - z_y  # of "not y", in nat
     logps = F.logsigmoid(-odds)
     grad = d_logit = None
-    if stats or need_hidden_grad or need_weight_grad:
+    if stats or need_hidden_grad or need_head_grad:
         distance = z.sub_(torch.logaddexp(others, z_y))  # log p, -inf at the target
         p = distance.exp()
         if "entropy" in stats:
@@ -192,7 +194,7 @@ def _by_log_odds(
     return ForwardResult(
         token_logps=logps,
         hidden_grad=grad,
-        saved=(d_logit,) if need_weight_grad and d_logit is not None else (),
+        saved=(d_logit,) if need_head_grad and d_logit is not None else (),
         stats=TokenStats(**found) if stats else None,
     )
 
@@ -212,23 +214,26 @@ def weight_grad(
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
+    need_weight_grad: bool,
     need_bias_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dW [V, D], or an adapter's gradient [V, r], and db [V] (None if not asked for)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, D], or an adapter's gradient [V, r], and db [V]; None for what is not asked for."""
     if len(saved) > 1:  # a row had overflowed
         return linear_logps_torch.weight_grad(
             hidden, weight, targets, saved, grad_logps, rounded=rounded, adapter=adapter, bias=bias,
             softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
-            workspace_bytes=workspace_bytes, need_bias_grad=need_bias_grad,
+            workspace_bytes=workspace_bytes, need_weight_grad=need_weight_grad,
+            need_bias_grad=need_bias_grad,
         )  # fmt: skip
     d_logit = next(iter(saved))
-    trained = weight if adapter is None else adapter
     ignored = left_out(targets, weight.shape[0], ignore_index)
-    h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(rounded).to(d_logit.dtype)
     g = grad_logps.to(d_logit.dtype)
-    scaled = (h * g[:, None]).masked_fill_(ignored[:, None], 0)
-    grad = (d_logit.mT @ scaled).to(trained.dtype)
-    db = None
+    grad = db = None
+    if need_weight_grad:
+        trained = weight if adapter is None else adapter
+        h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(rounded).to(d_logit.dtype)
+        scaled = (h * g[:, None]).masked_fill_(ignored[:, None], 0)
+        grad = (d_logit.mT @ scaled).to(trained.dtype)
     if bias is not None and need_bias_grad:
         db = (d_logit.mT @ g.masked_fill(ignored, 0)).to(bias.dtype)
     return grad, db

@@ -121,7 +121,7 @@ def _weight_grad(
     need_weight_grad: bool,
     need_bias_grad: bool,
 ) -> list[Tensor]:
-    """[dW [V, D] or the adapter's gradient [V, r], db [V] if due]."""
+    """[dW [V, D] or the adapter's gradient [V, r], db [V]], of these what is due."""
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
     raise_late()
@@ -133,9 +133,12 @@ def _weight_grad(
 
 @_weight_grad.register_fake
 def _(grad_logps, saved, hidden, weight, targets, bias, adapter, *flat):
-    trained = weight if adapter is None else adapter
-    grads = [torch.empty_like(trained, memory_format=torch.contiguous_format)]
-    if flat[-1]:
+    *_, need_weight_grad, need_bias_grad = flat
+    grads = []
+    if need_weight_grad:
+        trained = weight if adapter is None else adapter
+        grads.append(torch.empty_like(trained, memory_format=torch.contiguous_format))
+    if need_bias_grad:
         grads.append(torch.empty_like(bias))
     return grads
 
@@ -161,12 +164,11 @@ def _backward(ctx, grads):
     if need_hidden_grad:
         d_hidden = (unscaled * grad_logps[:, None]).to(ctx.hidden_dtype)
     if need_weight_grad or need_bias_grad:
-        d_trained, *rest = cast(Any, _weight_grad)(
+        head_grads = cast(Any, _weight_grad)(
             grad_logps, saved, hidden, weight, targets, bias, adapter, *ctx.flat
         )
-        d_bias = rest[0] if rest else None
-        if not need_weight_grad:
-            d_trained = None
+        d_trained = head_grads[0] if need_weight_grad else None
+        d_bias = head_grads[-1] if need_bias_grad else None
     d_weight, d_adapter = (d_trained, None) if adapter is None else (None, d_trained)
     return d_hidden, d_weight, None, d_bias, d_adapter, *none
 

@@ -101,13 +101,14 @@ def forward(
     stats: tuple[str, ...],
     need_hidden_grad: bool,
     need_weight_grad: bool,
+    need_bias_grad: bool,
     keep: bool,
     workspace_bytes: int,
 ) -> ForwardResult:
     """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
 
     Operands are rounded to `rounded`, tile by tile, and so is the gradient of `hidden`. With an
-    `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
+    `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for `weight_grad`.
     """
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
@@ -116,11 +117,12 @@ def forward(
     def new(*shape: int, dtype: torch.dtype = head.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    logps, saved = new(n), [new(n) for _ in range(3)] if need_weight_grad else []
+    head_grad = need_weight_grad or need_bias_grad
+    logps, saved = new(n), [new(n) for _ in range(3)] if head_grad else []
     hidden_grad = new(n, d, dtype=rounded) if need_hidden_grad else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
-    keep = keep and need_weight_grad and may_keep(head, n, workspace_bytes, tiles)
+    keep = keep and head_grad and may_keep(head, n, workspace_bytes, tiles)
     kept = new(n, v) if keep else None
     rows, cols = tile_shape(head, n, workspace_bytes - (0 if kept is None else kept.nbytes), tiles)
     mean = _mean_row(head, cols) if "mean_logits" in stats and softcap is None else None
@@ -163,7 +165,7 @@ def forward(
     return ForwardResult(
         token_logps=logps,
         hidden_grad=hidden_grad,
-        saved=tuple(saved) if need_weight_grad else (),
+        saved=tuple(saved),
         stats=TokenStats(**found) if stats else None,
     )
 
@@ -183,13 +185,15 @@ def weight_grad(
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
+    need_weight_grad: bool,
     need_bias_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, D] and db [V] in the dtypes of the weight and the bias; None for what is not asked.
 
     With an `adapter` [V, r] its gradient takes the place of dW.
 
-    dW = -slope E^T @ (g / (s_o + s_y) H), where E holds -s_o (times its tanh slope) at the target.
+    dW = -slope E^T @ (g / (s_o + s_y) H), where E holds -s_o (times its tanh slope) at the target;
+    db is the same with a column of ones as H, and takes no GEMM.
     E comes from `saved` if forward could keep it, otherwise each tile is computed again; each row
     of dW is written once.
     """
@@ -198,38 +202,48 @@ def weight_grad(
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     trained = weight if adapter is None else adapter
     first = head.width - trained.shape[1]  # the column of hidden that meets its first
-    grad = torch.empty_like(trained, memory_format=torch.contiguous_format)
-    bias_grad = None if bias is None or not need_bias_grad else torch.empty_like(bias)
+    grad = bias_grad = None
+    if need_weight_grad:
+        grad = torch.empty_like(trained, memory_format=torch.contiguous_format)
+    if bias is not None and need_bias_grad:
+        bias_grad = torch.empty_like(bias)
     tiles = 0 if kept else head.tiles
     budget = workspace_bytes - (kept[0].nbytes if kept else 0)
     rows, cols = tile_shape(head, n, budget, tiles)
     for v0, v1 in spans(v, cols):
-        w, b = head.rows(v0, v1)
-        whole = grad.dtype == head.dtype  # then the gradient's own rows hold the sums
-        total = grad[v0:v1] if whole else inv_sum.new_empty(v1 - v0, grad.shape[1])
-        total.zero_()
-        bias_total = inv_sum.new_zeros(v1 - v0)
+        again = None if kept else head.rows(v0, v1)
+        total = bias_total = None
+        if grad is not None:  # its own rows hold the sums, if they have the dtype
+            whole = grad.dtype == head.dtype
+            total = grad[v0:v1] if whole else inv_sum.new_empty(v1 - v0, grad.shape[1])
+            total.zero_()
+        if bias_grad is not None:
+            bias_total = inv_sum.new_zeros(v1 - v0)
         for r0, r1 in spans(n, rows):
             skip = left_out(targets[r0:r1], v, ignore_index)
             k = -head.slope * grad_logps[r0:r1].to(head.dtype) * inv_sum[r0:r1]
             k = k.masked_fill(skip, 0)
-            h = head.operand(hidden[r0:r1]).masked_fill(skip[:, None], 0)
-            if kept:
+            h = hidden[r0:r1]
+            if again is not None or total is not None:
+                h = head.operand(h).masked_fill(skip[:, None], 0)
+            if again is None:
                 tile = kept[0][r0:r1, v0:v1]
             else:
-                tile = _tile_again(head, h, w, b, frame[r0:r1])
+                tile = _tile_again(head, h, *again, frame[r0:r1])
                 y = targets[r0:r1].masked_fill(skip, 0)
                 put_target(tile, y - v0, target_e[r0:r1])
-            scaled = h[:, first:].to(head.dtype).mul(k[:, None])
-            if head.halves and head.rounded == torch.bfloat16:
-                accumulate(head, total, tile.mT, scaled.to(head.rounded))
-            else:  # fp16 has no room for small gradients: fp32
-                accumulate_transposed(total, tile, scaled)
-            bias_total.addmv_(tile.mT, k)
+            if total is not None:
+                scaled = h[:, first:].to(head.dtype).mul(k[:, None])
+                if head.halves and head.rounded == torch.bfloat16:
+                    accumulate(head, total, tile.mT, scaled.to(head.rounded))
+                else:  # fp16 has no room for small gradients: fp32
+                    accumulate_transposed(total, tile, scaled)
+            if bias_total is not None:
+                bias_total.addmv_(tile.mT, k)
             del tile  # before the next one is made
-        if not whole:
+        if grad is not None and total is not None and grad.dtype != head.dtype:
             grad[v0:v1] = total
-        if bias_grad is not None:
+        if bias_grad is not None and bias_total is not None:
             bias_grad[v0:v1] = bias_total
     return grad, bias_grad
 

@@ -52,21 +52,23 @@ def forward(
     stats: tuple[str, ...],
     need_hidden_grad: bool,
     need_weight_grad: bool,
+    need_bias_grad: bool,
     keep: bool,
     workspace_bytes: int,
 ) -> ForwardResult:
     """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
 
-    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for dW.
+    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for `weight_grad`.
     """
+    head_grad = need_weight_grad or need_bias_grad
     job = Job(
         hidden, rounded, matrix_of(weight, adapter), Logits.of(bias, softcap, scale, temperature),
-        stats, need_hidden_grad, need_weight_grad, need_weight_grad and keep, device_of(hidden),
+        stats, need_hidden_grad, need_weight_grad, head_grad, head_grad and keep, device_of(hidden),
     )  # fmt: skip
     work = "hidden" if need_hidden_grad else "sums"
     if job.kept and not can_keep(job, work, workspace_bytes):
         job = dataclasses.replace(job, kept=False)
-    if need_weight_grad:  # a workspace too small for it is refused now, not in the backward pass
+    if head_grad:  # a workspace too small for it is refused now, not in the backward pass
         default_plan(dataclasses.replace(job, stats=()), "weight", workspace_bytes)
 
     def run(plan: Plan) -> ForwardResult:
@@ -95,19 +97,21 @@ def weight_grad(
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
+    need_weight_grad: bool,
     need_bias_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dW [V, D] and db [V] (None if not asked for), in the dtypes of the weight and the bias.
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, D] and db [V] in the dtypes of the weight and the bias; None for what is not asked.
 
     With an `adapter` [V, r] its gradient takes the place of dW.
-    dW = -slope E^T @ (g / (s_o + s_y) H), plus slope g (1 - p_y) h_n at the target rows.
+    dW = -slope E^T @ (g / (s_o + s_y) H), plus slope g (1 - p_y) h_n at the target rows; db is the
+    same with a column of ones as H: sums of E's columns, which take no GEMM.
     """
     job = Job(
         hidden, rounded, matrix_of(weight, adapter), Logits.of(bias, softcap, scale, temperature),
-        (), False, True, len(saved) == 3, device_of(hidden),
+        (), False, need_weight_grad, True, len(saved) == 3, device_of(hidden),
     )  # fmt: skip
 
-    def run(plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def run(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
         return run_weight_grad(job, targets, ignore_index, saved, grad_logps, need_bias_grad, plan)
 
     with whole_sums(), _on(hidden):
@@ -193,7 +197,7 @@ def run_weight_grad(
     grad_logps: Tensor,
     need_bias_grad: bool,
     plan: Plan,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """With `saved` = (share, 1 / (s_o + s_y), E), or, to compute E again, (share, log-sum-exp);
     share is 1 - p_y times the target's tanh slope.
 
@@ -202,9 +206,8 @@ def run_weight_grad(
     """
     share, row, *rest = saved
     kept = rest[0] if rest else None
-    n, v = job.n, job.v
-    hidden, trained, bias = job.hidden, job.matrix.trained, job.logits.bias
-    d = trained.shape[1]
+    n, d, v = job.n, job.d_trained, job.v
+    hidden, bias = job.hidden, job.logits.bias
     of_trained = hidden[:, job.d - d :]  # the columns that it meets
 
     def vectors(start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -215,18 +218,22 @@ def run_weight_grad(
         return y.masked_fill(none, -1).int(), g
 
     whole = vectors(0, n) if plan.block >= n else None
-    dw = torch.empty(v, d, dtype=trained.dtype, device=hidden.device)
+    dw = None
+    if job.need_weight_grad:
+        dw = torch.empty(v, d, dtype=job.matrix.trained.dtype, device=hidden.device)
     db = torch.zeros(v, device=hidden.device) if bias is not None and need_bias_grad else None
-    direct = plan.rows >= n and dw.dtype in (job.e_dtype, torch.float32)
+    direct = plan.rows >= n and job.matrix.trained.dtype in (job.e_dtype, torch.float32)
     space = Space(plan.bytes, hidden.device)
     n_tiles = -(-v // plan.variant.gemm.block_v)
     for c0, c1 in blocks(v, plan.cols):
         space.clear()
-        out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
+        out = None
+        if dw is not None:
+            out = dw[c0:c1] if direct else space.take((c1 - c0, d), torch.float32)
+            if n == 0:
+                out.zero_()
         db_part = None if db is None else db[c0:c1]
         w = None if kept is not None else columns(job.matrix, c0, c1, job.rounded, space)
-        if n == 0:
-            out.zero_()
         for b0, b1 in blocks(n, plan.block):
             target, g = whole or vectors(b0, b1)
             for start, end in blocks(b1 - b0, plan.rows):
@@ -234,9 +241,7 @@ def run_weight_grad(
                 rows, here = slice(b0 + start, b0 + end), slice(start, end)
                 # The minus sign, g and 1 / (s_o + s_y) go into H where E is kept, else into E.
                 factor = -g[here] * row[rows] if kept is not None else -g[here]
-                h2 = space.take((end - start, d), job.e_dtype)
                 of_kept = None if kept is None else factor
-                dw_operand(of_trained[rows], target[here], of_kept, h2, job.rounded)
                 if kept is not None:
                     e = kept[rows, c0:c1]
                 else:
@@ -248,16 +253,19 @@ def run_weight_grad(
                     )  # fmt: skip
                     assert e is not None
                 later = b0 + start > 0
-                multiply(out, e.mT, h2, add=later)
+                if out is not None:
+                    h2 = space.take((end - start, d), job.e_dtype)
+                    dw_operand(of_trained[rows], target[here], of_kept, h2, job.rounded)
+                    multiply(out, e.mT, h2, add=later)
                 if db_part is not None:
-                    column_sums(e, None if kept is None else factor, db_part, add=later)
+                    column_sums(e, of_kept, db_part, add=later)
                 space.release(mark)
-            if whole is None:  # then `out` is fp32
+            if whole is None:  # then `out`, if any, is fp32
                 here = torch.where((target >= c0) & (target < c1), target - c0, -1)
                 add_target_rows(
                     here, g * share[b0:b1], of_trained[b0:b1], out, db_part, job.rounded
                 )
-        if not direct:
+        if dw is not None and out is not None and not direct:
             dw[c0:c1].copy_(out)
     if whole is not None and n > 0:
         add_target_rows(whole[0], whole[1] * share, of_trained, dw, db, job.rounded)

@@ -54,7 +54,7 @@ def _target_rows_kernel(
     order_ptr,  # [n_rows] int64, whose they are
     coefficient_ptr,  # [n_rows] fp32
     hidden_ptr,
-    dw_ptr,  # [V, D], contiguous
+    dw_ptr,  # [V, D], contiguous, or None
     db_ptr,  # [V] fp32 or None
     n_rows,
     D,
@@ -64,7 +64,8 @@ def _target_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dW[y] += sum of coefficient * hidden over the rows whose target is y, in the order of rows.
+    """dW[y] += sum of coefficient * hidden over the rows whose target is y, in the order of rows;
+    db[y] likewise, without hidden.
 
     Program i does the run of equal targets that starts at i; it has nothing to do if none does.
     """
@@ -81,17 +82,19 @@ def _target_rows_kernel(
         while tl.max(same.to(tl.int32), 0) > 0:
             row = tl.load(order_ptr + at, mask=same, other=0)
             c = tl.load(coefficient_ptr + row, mask=same, other=0.0)
-            k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
-            h_at = hidden_ptr + row[:, None] * stride_hidden + k_at
-            h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0)
-            h = h.to(ROUNDED).to(tl.float32)
-            total += tl.sum(h * c[:, None], 0)
+            if dw_ptr is not None:
+                k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
+                h_at = hidden_ptr + row[:, None] * stride_hidden + k_at
+                h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0)
+                h = h.to(ROUNDED).to(tl.float32)
+                total += tl.sum(h * c[:, None], 0)
             bias_total += tl.sum(c, 0)
             at += BLOCK_R
             same = tl.load(sorted_ptr + at, mask=at < n_rows, other=-1) == y
-        out = dw_ptr + y.to(tl.int64) * D + ks
-        old = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out, (old + total).to(dw_ptr.dtype.element_ty), mask=inside)
+        if dw_ptr is not None:
+            out = dw_ptr + y.to(tl.int64) * D + ks
+            old = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out, (old + total).to(dw_ptr.dtype.element_ty), mask=inside)
         if db_ptr is not None:
             if tl.program_id(1) == 0:
                 tl.store(db_ptr + y, tl.load(db_ptr + y) + bias_total)
@@ -142,14 +145,14 @@ def add_target_rows(
     target: Tensor,
     coefficient: Tensor,
     hidden: Tensor,
-    dw: Tensor,
+    dw: Tensor | None,
     db: Tensor | None,
     rounded: torch.dtype,
 ) -> None:
     """dW[target_n] += coefficient_n hidden_n (db likewise): sorted, one writer per row of dW."""
     (n, d), block = hidden.shape, width(hidden.shape[1], 512)
     ordered, order = target.sort(stable=True)
-    _target_rows_kernel[(n, triton.cdiv(d, block))](
+    _target_rows_kernel[(n, 1 if dw is None else triton.cdiv(d, block))](
         ordered, order, coefficient, hidden, dw, db, n, d, *hidden.stride(),
         ROUNDED=_TYPES[rounded], BLOCK_R=8, BLOCK_K=block, num_warps=4, **FUSE,
     )  # fmt: skip

@@ -20,8 +20,9 @@ _PARTIAL_FIELDS = 6  # with statistics; see linear_logps_triton_math
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of a call; `trained`: dW will be due; `kept`: E stays for it. An adapter's
-    columns count in D.
+    """The arguments of a call; `trained`: the head's gradient will be due, dW only if
+    `need_weight_grad`, else the bias's alone; `kept`: E stays for it. An adapter's columns count
+    in D.
 
     `hidden` and the matrix are rounded to `rounded` where they are multiplied, chunk by chunk."""
 
@@ -31,6 +32,7 @@ class Job:
     logits: Logits
     stats: tuple[str, ...]
     need_hidden_grad: bool
+    need_weight_grad: bool
     trained: bool
     kept: bool
     device: tiles.Device
@@ -42,6 +44,11 @@ class Job:
     @property
     def d(self) -> int:
         return self.hidden.shape[1]
+
+    @property
+    def d_trained(self) -> int:
+        """Columns of dW; 0 where the bias alone is trained."""
+        return self.matrix.trained.shape[1] if self.need_weight_grad else 0
 
     @property
     def v(self) -> int:
@@ -82,7 +89,7 @@ def problem_of(job: Job, work: str, workspace: int) -> Problem:
         work=work,
         n=max(job.n, 1),
         d=job.d,
-        d_trained=job.matrix.trained.shape[1],
+        d_trained=job.d_trained,
         v=job.v,
         float32=job.e_dtype == torch.float32,
         rich=job.logits.softcap or job.logits.bias is not None,

@@ -157,12 +157,13 @@ def describe(index: int | None) -> Device:
 class Problem:
     """What is to be done, as far as the division of work depends on it.
 
-    `work` is "sums" (log-probs alone), "hidden" (with d hidden) or "weight" (dW, in the backward
-    pass). `float32`: the operands' dtype, else 16-bit. `*_copy`: bytes per row or column of
-    operands that are converted chunk by chunk. `kept`: E stays from the forward pass ("weight":
-    is there already). `direct`: dW needs no fp32 accumulator as long as all rows are in one chunk.
-    `rich`: bias or softcap. `fields`: partial results per row and tile. `d_trained`: columns of dW,
-    those of an adapter where there is one.
+    `work` is "sums" (log-probs alone), "hidden" (with d hidden) or "weight" (dW and the bias's
+    gradient, in the backward pass). `float32`: the operands' dtype, else 16-bit. `*_copy`: bytes
+    per row or column of operands that are converted chunk by chunk. `kept`: E stays from the
+    forward pass ("weight": is there already). `direct`: dW needs no fp32 accumulator as long as all
+    rows are in one chunk. `rich`: bias or softcap. `fields`: partial results per row and tile.
+    `d_trained`: columns of dW, those of an adapter where there is one, 0 where the bias alone is
+    trained.
     """
 
     work: str
