@@ -126,6 +126,7 @@ def demo_trainer(tmp_path: Path, clock: Clock, steps: int) -> DPOTrainer:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("datasets_apart")
 def test_the_loop_costs_less_than_3_percent_of_a_step(tmp_path, monkeypatch, record_property):
     """A busy machine makes work dearer, never cheaper, and small work more so than large: of steps
     that log and of those that don't, every part counts as much as the cheapest of its place, and

@@ -156,6 +156,7 @@ def test_adapters_leave_no_doubt(tmp_path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
+    pytest.importorskip("datasets", reason="datasets is not installed")
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     for name, seed in (("model", 0), ("other", 1)):

@@ -26,6 +26,7 @@ PNG = b"\x89PNG"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A tiny model in bf16, data, and two runs on them: `lora` and `full`."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer), dtype=torch.bfloat16).save_pretrained(folder / "model")
