@@ -123,8 +123,9 @@ def variants(case: Case, device: torch.device) -> dict[str, nn.Module]:
     models = {"frozen": frozen, "peft": peft, "fastdpo": lean}
     for model in models.values():
         base = base_model(model)
-        with autocast(case, device):
-            prepare_packed_forward(base)
+        with autocast(case, device):  # FlexAttention, a GPU's in fp32, lets nobody count inside it
+            attention = "sdpa" if case.dtype == "float32" else None
+            prepare_packed_forward(base, attn_implementation=attention)
         base.enable_input_require_grads()  # a first layer is like the others
         model.train()
         if case.compiled:

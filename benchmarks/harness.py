@@ -7,6 +7,7 @@ A result is only worth keeping with the device, versions, commit and command tha
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -35,6 +36,7 @@ DISTRIBUTIONS = {
 }
 
 
+NOT_FINITE = {str(number): number for number in (math.nan, math.inf, -math.inf)}  # in files
 BROKEN = 3  # exit status: CUDA failed in this process; --resume goes on behind what broke it
 
 
@@ -159,7 +161,11 @@ class Results:
                         f"{path} was measured with {key} {saved['environment'][key]!r}, and this "
                         f"is {environment[key]!r}; name another file, or leave out --resume"
                     )
-            self.rows, self.failed = saved["rows"], saved.get("failed", [])
+            self.rows = [
+                {key: NOT_FINITE.get(str(of), of) for key, of in row.items()}
+                for row in saved["rows"]
+            ]
+            self.failed = saved.get("failed", [])
 
     def has(self, key: str) -> bool:
         return any(row["key"] == key for row in self.rows)
@@ -179,11 +185,20 @@ class Results:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes beside the file first, so that an interruption leaves the old one whole."""
+    """Writes beside the file first, so that an interruption leaves the old one whole. What is not
+    finite, such as a diverged peer's loss, is its name: JSON has no number for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(of) for of in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

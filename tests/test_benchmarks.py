@@ -6,6 +6,7 @@ What they measure on a real machine is in benchmarks/results; no speed is assert
 import dataclasses
 import gzip
 import json
+import math
 import shutil
 
 import numpy as np
@@ -43,6 +44,16 @@ def test_results_are_resumed_only_where_they_can_be_compared(tmp_path):
     assert not harness.Results(path, ENVIRONMENT).has("one")  # without resume: afresh
     with pytest.raises(ValueError, match="commit 'a'.*'b'"):
         harness.Results(path, {**ENVIRONMENT, "commit": "b"}, resume=True)
+
+
+def test_what_is_not_finite_ends_no_benchmark(tmp_path):
+    path = tmp_path / "results.json"
+    row = harness.Results(path, ENVIRONMENT).add("one", losses=[math.inf], last_loss=math.nan)
+    assert json.loads(path.read_text())["rows"] == [
+        {"key": "one", "losses": ["inf"], "last_loss": "nan"}
+    ]
+    (again,) = harness.Results(path, ENVIRONMENT, resume=True).rows
+    assert math.isnan(again["last_loss"]) and math.isnan(row["last_loss"])
 
 
 def test_the_environment_names_the_absent():

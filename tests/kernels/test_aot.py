@@ -17,6 +17,9 @@ from tests.kernels.interpreter import ROOT
 # Default rows that may have a stack frame: tiles of Ampere spill up to 250 bytes at sizes that
 # divide by nothing (Triton 3.9). Heads have no such sizes; smaller tiles cost those they have.
 ALLOWED_ODD = ("sm80", "sm86")
+# 8 bytes under Triton 3.6; the tile is no default (fp32 takes the library's product), and the other
+# runs where a row reached the clamp.
+ALLOWED = {("sm80", "float32 scaled pointer 64x64x32"), ("sm80", "exact rows fp32 full")}
 
 
 def run_program(name: str, *arguments: str) -> list[dict]:
@@ -52,6 +55,7 @@ def check(rows: list[dict], capsys, architectures: tuple[str, ...]) -> None:
         where = f"{r['label']} on {r['arch']}"
         assert r["shared"] <= r["shared_limit"], f"{where}: {r['shared']} bytes of shared memory"
         allowed = r["arch"] in ALLOWED_ODD and r["label"].endswith(" odd") or not r["default"]
+        allowed = allowed or (r["stack"] <= 8 and (r["arch"], r["label"]) in ALLOWED)
         assert r["stack"] == 0 or allowed, f"{where}: a stack frame of {r['stack']} bytes"
         if r["label"].startswith(("half", "rich", "stats")):
             expected = PRODUCTS[r["arch"]]
