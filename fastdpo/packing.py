@@ -1,14 +1,13 @@
-"""Which pairs go into which step and pack, and how a pack is laid out.
+"""Which pairs form a pack, and how a pack is laid out.
 
 A pack holds prompt groups: a prompt once, then all its responses. A response's last token predicts
 nothing, so it is a target but no input. Everything here runs on the host, in numpy, without
-randomness other than the seeded order of an epoch; no model is known here.
+randomness; no model is known here, and which pairs form a step is steps.py's affair.
 """
 
 from __future__ import annotations
 
 import bisect
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from .data import TokenizedPairs
 
 MODES = ("shared", "unshared", "padded")
-SAMPLINGS = ("random", "sequential")
 
 
 @dataclass
@@ -407,66 +405,3 @@ def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 def _cumulative(lengths: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int32)
-
-
-# ---- which pairs form a step -----------------------------------------------------------------
-
-
-def step_pair_ids(
-    pairs: TokenizedPairs,
-    *,
-    pairs_per_step: int,
-    epoch: int,
-    seed: int,
-    sampling: str = "random",
-    group_by_prompt: bool = False,
-) -> list[np.ndarray]:
-    """The pair ids of every optimizer step of `epoch`: `pairs_per_step` each, the last maybe fewer.
-
-    `random` orders depend on (seed, epoch) alone; `sequential` keeps the dataset's order.
-    `group_by_prompt` puts pairs of one prompt into one step: where random, as far as steps of a
-    fixed size allow; where sequential, next to each other from where the prompt occurs first.
-    """
-    if sampling not in SAMPLINGS:
-        raise ConfigError(
-            f"train_sampling_strategy {sampling!r} is none of {SAMPLINGS}"
-            f"{did_you_mean(sampling, SAMPLINGS)}"
-        )
-    n = len(pairs)
-    order = np.arange(n)
-    if sampling == "random":
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-    if not group_by_prompt:
-        return _chop(order, pairs_per_step)
-    groups: dict[bytes, list[int]] = {}
-    for i in order.tolist():
-        groups.setdefault(pairs.prompt(i).tobytes(), []).append(i)
-    if sampling == "sequential":
-        return _chop(np.array([i for group in groups.values() for i in group]), pairs_per_step)
-    steps = _fill_steps(list(groups.values()), n, pairs_per_step)
-    # The short step stays last; the others were filled with large groups first, so mix them.
-    shuffle = np.random.default_rng([seed, epoch, 1]).permutation(n // pairs_per_step)
-    return [steps[k] for k in [*shuffle.tolist(), *range(n // pairs_per_step, len(steps))]]
-
-
-def _chop(order: np.ndarray, size: int) -> list[np.ndarray]:
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _fill_steps(groups: list[list[int]], n: int, size: int) -> list[np.ndarray]:
-    """Fills steps of `size` pairs with whole groups, the largest into the emptiest step first.
-
-    A group is divided only where no step has room for all of it.
-    """
-    rooms = [min(size, n - start) for start in range(0, n, size)]
-    steps: list[list[int]] = [[] for _ in rooms]
-    emptiest = [(-room, k) for k, room in enumerate(rooms)]
-    heapq.heapify(emptiest)
-    for group in sorted(groups, key=len, reverse=True):  # stable: ties stay in the epoch's order
-        while group:
-            negative_room, k = heapq.heappop(emptiest)
-            taken, group = group[:-negative_room], group[-negative_room:]
-            steps[k] += taken
-            if negative_room + len(taken):
-                heapq.heappush(emptiest, (negative_room + len(taken), k))
-    return [np.array(step) for step in steps]

@@ -1,9 +1,10 @@
 """From pairs to what the loop consumes: the steps of an epoch, each split into packs on the device.
 
 `packing.py` knows how pairs become packs; here is which pairs form a step, on which rank, and
-the copy to the device ahead of time.
+the copy to the device ahead of time. The only randomness is the seeded order of an epoch.
 """
 
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from .batch import Pack
 from .body import pack_lengths
 from .config import DPOConfig
 from .data import TokenizedPairs
-from .errors import DataError
+from .errors import ConfigError, DataError, did_you_mean
 from .metrics import PackStats, stats_of_step
-from .packing import build_pack, plan_packs, step_pair_ids
+from .packing import build_pack, plan_packs
 from .runtime import prefetch
+
+SAMPLINGS = ("random", "sequential")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,66 @@ def steps_of_epoch(pairs: TokenizedPairs, args: DPOConfig) -> int:
     """How many steps an epoch has; 0 where the only one is dropped for being short."""
     full, rest = divmod(len(pairs), args.pairs_per_step)
     return full + (rest > 0 and not args.dataloader_drop_last)
+
+
+def step_pair_ids(
+    pairs: TokenizedPairs,
+    *,
+    pairs_per_step: int,
+    epoch: int,
+    seed: int,
+    sampling: str = "random",
+    group_by_prompt: bool = False,
+) -> list[np.ndarray]:
+    """The pair ids of every optimizer step of `epoch`: `pairs_per_step` each, the last maybe fewer.
+
+    `random` orders depend on (seed, epoch) alone; `sequential` keeps the dataset's order.
+    `group_by_prompt` puts pairs of one prompt into one step: where random, as far as steps of a
+    fixed size allow; where sequential, next to each other from where the prompt occurs first.
+    """
+    if sampling not in SAMPLINGS:
+        raise ConfigError(
+            f"train_sampling_strategy {sampling!r} is none of {SAMPLINGS}"
+            f"{did_you_mean(sampling, SAMPLINGS)}"
+        )
+    n = len(pairs)
+    order = np.arange(n)
+    if sampling == "random":
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+    if not group_by_prompt:
+        return _chop(order, pairs_per_step)
+    groups: dict[bytes, list[int]] = {}
+    for i in order.tolist():
+        groups.setdefault(pairs.prompt(i).tobytes(), []).append(i)
+    if sampling == "sequential":
+        return _chop(np.array([i for group in groups.values() for i in group]), pairs_per_step)
+    steps = _fill_steps(list(groups.values()), n, pairs_per_step)
+    # The short step stays last; the others were filled with large groups first, so mix them.
+    shuffle = np.random.default_rng([seed, epoch, 1]).permutation(n // pairs_per_step)
+    return [steps[k] for k in [*shuffle.tolist(), *range(n // pairs_per_step, len(steps))]]
+
+
+def _chop(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _fill_steps(groups: list[list[int]], n: int, size: int) -> list[np.ndarray]:
+    """Fills steps of `size` pairs with whole groups, the largest into the emptiest step first.
+
+    A group is divided only where no step has room for all of it.
+    """
+    rooms = [min(size, n - start) for start in range(0, n, size)]
+    steps: list[list[int]] = [[] for _ in rooms]
+    emptiest = [(-room, k) for k, room in enumerate(rooms)]
+    heapq.heapify(emptiest)
+    for group in sorted(groups, key=len, reverse=True):  # stable: ties stay in the epoch's order
+        while group:
+            negative_room, k = heapq.heappop(emptiest)
+            taken, group = group[:-negative_room], group[-negative_room:]
+            steps[k] += taken
+            if negative_room + len(taken):
+                heapq.heappush(emptiest, (negative_room + len(taken), k))
+    return [np.array(step) for step in steps]
 
 
 def order_of_epoch(pairs: TokenizedPairs, args: DPOConfig, epoch: int) -> list[np.ndarray]:

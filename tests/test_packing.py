@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from fastdpo.batch import Pack
 from fastdpo.data import TokenizedPairs
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.packing import build_pack, plan_packs, step_pair_ids
+from fastdpo.packing import build_pack, plan_packs
 from fastdpo.rows import RowGather, gather_rows
+from fastdpo.steps import step_pair_ids
 
 from .tiny import tiny_pairs
 

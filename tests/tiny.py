@@ -171,6 +171,18 @@ def tiny_chat_rows(n: int = 16, seed: int = 0, pairs_per_prompt: int = 2) -> lis
     return rows
 
 
+def tiny_examples(n: int) -> list[dict]:
+    """`n` rows of unpaired data, about two in three desirable."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["rejected" if i % 3 == 1 else "chosen"],
+            "label": i % 3 != 1,
+        }
+        for i, row in enumerate(tiny_rows(n, seed=3, pairs_per_prompt=1))
+    ]
+
+
 def tiny_pairs(
     n: int = 8,
     seed: int = 0,
