@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo_kernels.impls import is_factored
 from fastdpo_kernels.linear_logps_eager import is_tiny
 from fastdpo_kernels.linear_logps_torch_tiles import Head, may_keep, tile_bytes, tile_shape
 
@@ -84,6 +85,8 @@ class PlannedHead(torch.autograd.Function):
         of_head = weight if adapter is None else adapter
         trained = of_head.requires_grad
         vectors = [hidden.new_empty(n, dtype=out) for _ in range(2 if triton else 3) if trained]
+        if unscaled is not None and is_factored(rounded):
+            vectors.append(hidden.new_empty(n, dtype=out))
         kept, borrowed, ctx.borrowed = _head_bytes(
             hidden, weight, adapter, rounded, workspace_bytes, trained, triton
         )

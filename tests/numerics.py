@@ -95,6 +95,29 @@ def far_head(
     return Head(hidden.to(dtype), head.weight.to(dtype), targets, None, head.grad.to(_wide(dtype)))
 
 
+def sure_head(
+    n: int, d: int, v: int, *, scale: float = 1.0, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> Head:
+    """A head of standard deviation 0.02 that is 10^-1 to 10^-8 short of certain of its targets,
+    and the gradients of a GradScaler: 2^16 times a DPO loss's, beta / 4 = 0.025."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = (0.02 * torch.randn(v, d, generator=rng)).to(dtype)
+    targets = torch.randint(v, (n,), generator=rng)
+    short = 10.0 ** -torch.linspace(1, 8, max(n, 1), dtype=torch.float64)[:n]
+    rows = weight[targets].double()
+    base = 0.5 * torch.randn(n, d, generator=rng, dtype=torch.float64)
+    low = torch.zeros(n, dtype=torch.float64)
+    high = torch.full((n,), 60 / scale, dtype=torch.float64)  # of the lift, in nat
+    for _ in range(30):
+        lift = (low + high) / 2
+        hidden = (base + (lift / rows.square().sum(1))[:, None] * rows).to(dtype)
+        z = logits_reference(hidden.double(), weight.double(), scale=scale)
+        sure = -torch.log_softmax(z, 1).gather(1, targets[:, None]).squeeze(1).expm1() < short
+        low, high = torch.where(sure, low, lift), torch.where(sure, lift, high)
+    grad = torch.full((n,), -0.025 * 2.0**16, dtype=_wide(dtype))
+    return Head(hidden, weight, targets, None, grad)
+
+
 def negative_head(
     n: int, d: int, v: int, *, level: float, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Head:
@@ -223,15 +246,22 @@ def grad_budgets(
 
 def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **transform) -> None:
     """Within `grad_budgets`, and the rounding of the results to their dtype: once for weight and
-    bias, twice for hidden (unscaled, then scaled)."""
+    bias, twice for hidden, stored before and after it is multiplied by the incoming gradient.
+
+    A rounding errs by half an ulp, or a subnormal at most; what is stored before, in fp16, is
+    relative to slope (1 - p_y), and so is that error."""
     oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
     for name, budget in grad_budgets(head, oracle, plain, e_ulp=e_ulp, **transform).items():
         got, want = getattr(actual, name), getattr(oracle, name)
         if got is None:
             continue
         assert torch.isfinite(got).all(), name
-        roundings = 2 if name == "d_hidden" else 1
-        rounding = roundings * (ULP[got.dtype] / 2 * want.abs() + torch.finfo(got.dtype).tiny)
+        least = torch.finfo(got.dtype).tiny * ULP[got.dtype]  # the smallest subnormal
+        rounding = ULP[got.dtype] / 2 * want.abs() + least
+        if name == "d_hidden":
+            slope = abs(transform.get("scale", 1.0)) / transform.get("temperature", 1.0)
+            factor = slope * head.grad.double().abs() * -torch.expm1(oracle.logps)
+            rounding = rounding + ULP[got.dtype] / 2 * want.abs() + least * factor[:, None]
         worst = _worst((got.double() - want).abs() / (budget + rounding))
         assert worst <= 1, f"{name} error is {worst:.2f} of its budget"
 

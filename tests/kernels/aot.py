@@ -159,7 +159,8 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "hidden grad" + tag, rows._hidden_grad_kernel,
-            {"BLOCK_N": 8, "BLOCK_K": rows.GRAD_WIDTH[full]} | flags | no_adapter, dtype=dtype,
+            {"BLOCK_N": 8, "BLOCK_K": rows.GRAD_WIDTH[full], "FACTORED": full}
+            | flags | no_adapter, dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "dW operand" + tag, dw._dw_operand_kernel,
@@ -188,6 +189,7 @@ def small_entries(scope: str) -> Iterator[Entry]:
             "BLOCK_D": exact.BLOCK_D[width],
             "BLOCK_S": exact.MOST_SPLITS,
             "STATS": full,
+            "FACTORED": full,
         }
         more |= blocks | no_stats | ({} if full else {"e_ptr": None})
         yield Entry("exact rows" + tag, exact._exact_rows_kernel, more, dtype=dtype, **options)

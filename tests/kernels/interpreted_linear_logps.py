@@ -41,6 +41,7 @@ from tests.numerics import (
     negative_head,
     peaked_head,
     run,
+    sure_head,
 )
 
 # The interpreter computes both sides of every tl.where.
@@ -225,6 +226,21 @@ def flag_all(monkeypatch):
 
 def test_the_exact_kernels_are_right_for_any_row(flag_all):
     check(peaked_head(37, 24, 150, bias=True, ignored=0.1), ALL_STATS, **FULL)
+
+
+@pytest.mark.parametrize("exact_kernels", [False, True], ids=["", "flagged"])
+def test_fp16_gradients_of_likely_tokens(exact_kernels, request):
+    """Under a GradScaler's loss scale: see test_linear_logps_fp16.py."""
+    if exact_kernels:
+        request.getfixturevalue("flag_all")
+    head = sure_head(24, 32, 150, scale=1 / 16)
+    head.targets[5] = -100
+    check(head, scale=1 / 16)
+    # 1 - p_y underflows to 0: no gradient, and no division by it
+    weight = torch.eye(8, 16, dtype=torch.float16)
+    certain = Head(1000 * weight[:4], weight, torch.arange(4), None, torch.full((4,), 2.0**16))
+    outcome = run(op, certain, stats=())
+    assert not outcome.logps.any() and not outcome.d_hidden.any()
 
 
 def test_the_exact_kernels_with_an_adapter(flag_all):

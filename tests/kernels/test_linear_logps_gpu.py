@@ -15,7 +15,7 @@ from fastdpo_kernels import linear_logps, tiles, tuning
 from fastdpo_kernels.impls import STATS
 from fastdpo_kernels.tiles import Variant
 from tests import numerics
-from tests.numerics import Head, far_head, flat_head, negative_head, peaked_head, run
+from tests.numerics import Head, far_head, flat_head, negative_head, peaked_head, run, sure_head
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,6 +96,13 @@ def test_tiny_problems_by_all_logits_at_once(dtype):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, want)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "auto"])
+@pytest.mark.parametrize("scale", [1.0, 1 / 16])
+def test_fp16_gradients_of_likely_tokens(impl, scale):
+    """Under a GradScaler's loss scale: see test_linear_logps_fp16.py."""
+    check(on_gpu(sure_head(48, 96, 504, scale=scale)), impl, "fp16", scale=scale)
 
 
 def rows_of(kind: str) -> list[Variant]:

@@ -199,11 +199,17 @@ def test_tied_weights_get_both_gradients():
 
 def test_gradients_scale_exactly_with_a_loss_scale():
     head = peaked_head(30, 16, 101, dtype=torch.float16, weight_dtype=torch.float32)
-    small = run(linear_logps, head)
-    large = run(
-        linear_logps, Head(head.hidden, head.weight, head.targets, None, head.grad * 2.0**10)
+    small, large = (
+        run(linear_logps, Head(head.hidden, head.weight, head.targets, None, head.grad * 2.0**k))
+        for k in (-8, 2)
     )
     assert torch.equal(large.d_weight, small.d_weight * 2.0**10)
+    # fp16 rounds what is below its range to a multiple of 2^-24; the rest scales to the same bits.
+    normal = small.d_hidden.abs() >= torch.finfo(torch.float16).tiny
+    assert 0.2 < normal.double().mean() < 1 and torch.isfinite(large.d_hidden).all()
+    assert torch.equal(large.d_hidden[normal], (small.d_hidden * 2.0**10)[normal])
+    rest = large.d_hidden.double() * 2.0**-10 - small.d_hidden.double()
+    assert rest[~normal].abs().max() <= 2.0**-25 + 2.0**-35
 
 
 def test_backward_twice_through_a_retained_graph():

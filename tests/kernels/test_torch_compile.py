@@ -10,7 +10,7 @@ import torch
 
 from fastdpo_kernels import linear_dpo_loss, linear_logps, linear_logps_call, preference_loss
 from fastdpo_kernels.impls import STATS
-from tests.numerics import peaked_head
+from tests.numerics import peaked_head, sure_head
 
 BACKENDS = ("eager", "aot_eager")
 BOUNDS = torch.tensor([0, 7, 7, 20, 24, 33], dtype=torch.int32)
@@ -64,6 +64,16 @@ def test_linear_logps(backend, trained):
 
     leaves = [head.hidden.requires_grad_(), head.weight.requires_grad_(trained)]
     assert_same(*both(loss, [*leaves, head.bias.requires_grad_(trained)], backend))
+
+
+def test_fp16_with_a_factor_for_each_row():
+    head = sure_head(33, 16, 101)
+
+    def loss(hidden):
+        logps = linear_logps(hidden, head.weight, head.targets)
+        return (logps * head.grad).sum(), logps.detach()
+
+    assert_same(*both(loss, [head.hidden.requires_grad_()], "aot_eager"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

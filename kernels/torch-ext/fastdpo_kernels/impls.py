@@ -42,12 +42,15 @@ class ForwardResult:
     `token_logps` [N] fp32 (fp64 for fp64 inputs), 0 for ignored rows, NaN where a target that was
     not looked at, on a GPU, is outside the vocabulary. `hidden_grad` [N, D], in the dtype of
     `hidden`: the derivative of each token's log-prob with respect to its own hidden row, not yet
-    multiplied by the incoming gradient; None if not asked for. `saved`: what the implementation's
-    own `weight_grad` wants to see again (empty if no gradient of weight or bias is due).
+    multiplied by the incoming gradient; None if not asked for. Where `is_factored`, it is that
+    divided by `hidden_factor` [N] fp32, slope * (1 - p_y), and 0 where that is 0. `saved`: what
+    the implementation's own `weight_grad` wants to see again (empty if no gradient of weight or
+    bias is due).
     """
 
     token_logps: Tensor
     hidden_grad: Tensor | None
+    hidden_factor: Tensor | None
     saved: tuple[Tensor, ...]
     stats: TokenStats | None
 
@@ -67,6 +70,12 @@ class PreferenceForward:
     logps: Tensor
     chosen_slope: Tensor
     rejected_slope: Tensor
+
+
+def is_factored(rounded: torch.dtype) -> bool:
+    """Whether an unscaled gradient in this dtype needs a factor per row beside it: the gradient of
+    a likely token is below fp16's range, and the loss scale that is to save it comes later."""
+    return rounded == torch.float16
 
 
 def is_transformed(tensor: Tensor) -> bool:

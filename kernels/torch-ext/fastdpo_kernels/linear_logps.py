@@ -77,8 +77,9 @@ def linear_logps(
     With a = scale * (hidden @ weight.T + bias), the logits are z = a / temperature, or
     softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is
     `workspace_bytes` at any N, the result, and the gradient of `hidden`, which is finished during
-    the forward pass up to a factor per row. A trained head also keeps two or three numbers of each
-    row for the backward pass.
+    the forward pass up to a factor per row (a number that fp16 keeps beside it: what a loss scale
+    is to save would underflow before). A trained head also keeps two or three numbers of each row
+    for the backward pass.
 
     Args:
         hidden: [N, D], fp64, fp32, fp16 or bf16, any strides; N may be 0.
@@ -216,7 +217,9 @@ class _LinearLogps(torch.autograd.Function):
         ctx.call = call
         ctx.hidden_dtype = hidden.dtype
         inputs = (hidden, weight, bias, adapter, targets) if call.need_head_grad else (None,) * 5
-        ctx.save_for_backward(result.hidden_grad, anchor, *inputs, *result.saved)
+        ctx.save_for_backward(
+            result.hidden_grad, result.hidden_factor, anchor, *inputs, *result.saved
+        )
         return (result.token_logps, *found)
 
     @staticmethod
@@ -226,11 +229,12 @@ class _LinearLogps(torch.autograd.Function):
             return (None,) * 7
         raise_late()
         call: Call = ctx.call
-        unscaled, anchor, hidden, weight, bias, adapter, targets, *saved = ctx.saved_tensors
+        unscaled, factor, anchor, hidden, weight, bias, adapter, targets, *saved = ctx.saved_tensors
         d_hidden = d_trained = d_bias = None
         if unscaled is not None:
             with torch.no_grad(), torch.autocast(grad_logps.device.type, enabled=False):
-                d_hidden = scale_rows(unscaled, grad_logps.detach(), ctx.hidden_dtype)
+                scale = grad_logps.detach() if factor is None else grad_logps.detach() * factor
+                d_hidden = scale_rows(unscaled, scale, ctx.hidden_dtype)
         if call.need_head_grad:
             d_trained, d_bias = call.weight_grad(
                 hidden, weight, targets, bias, adapter, tuple(saved), grad_logps

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .impls import STATS, ForwardResult, choose_impl, is_transformed, log_choice
+from .impls import (
+    STATS,
+    ForwardResult,
+    choose_impl,
+    is_factored,
+    is_transformed,
+    log_choice,
+)
 from .linear_logps_eager import is_tiny
 from .linear_logps_torch_gemm import ieee_matmul
 
@@ -57,6 +64,10 @@ class Call:
                 return dataclasses.replace(self, impl="eager")
         impl = choose_impl("linear_logps", self.impl, hidden.device, self.rounded, weight.dtype)
         return dataclasses.replace(self, impl=impl)
+
+    @property
+    def need_hidden_factor(self) -> bool:
+        return self.need_hidden_grad and is_factored(self.rounded)
 
     @property
     def need_head_grad(self) -> bool:

@@ -15,9 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear_logps_torch
-from .impls import ForwardResult, TokenStats
+from .impls import ForwardResult, TokenStats, is_factored
 from .linear_logps_targets import left_out
-from .linear_logps_torch_tiles import NATS, Head, exponents, one_minus_square, target_logits
+from .linear_logps_torch_tiles import (
+    NATS,
+    Head,
+    divide_rows,
+    exponents,
+    one_minus_square,
+    target_logits,
+)
 
 # On a CPU: at most two tiles of the chunked way. Which is faster is measured by
 # `python -m benchmarks.bench_linear_logps`: rows "fastdpo" and "fastdpo torch" at N <= 500.
@@ -111,7 +118,7 @@ def forward(
         found = _stats(distance, e, z_y, logps, inv_sum, y, set(stats))
         if some:
             found = {name: value.masked_fill(ignored, 0) for name, value in found.items()}
-    grad = d_logit = None
+    grad = factor = d_logit = None
     if need_hidden_grad or head_grad:
         d_logit = e.mul_((-head.slope * inv_sum)[:, None])
         if tanh is not None:
@@ -120,10 +127,15 @@ def forward(
         if some:
             d_logit.masked_fill_(ignored[:, None], 0)
         if need_hidden_grad:
-            grad = (d_logit @ w).to(rounded)
+            grad = d_logit @ w
+            if is_factored(rounded):
+                factor = (head.slope * s_o * inv_sum).masked_fill(ignored, 0)
+                divide_rows(grad, factor)
+            grad = grad.to(rounded)
     return ForwardResult(
         token_logps=logps.masked_fill_(ignored, 0) if some else logps,
         hidden_grad=grad,
+        hidden_factor=factor,
         saved=(d_logit,) if head_grad and d_logit is not None else (),
         stats=TokenStats(**found) if stats else None,
     )
@@ -169,7 +181,7 @@ def _by_log_odds(
     others = z.logsumexp(1, keepdim=True)
     odds = others - z_y  # of "not y", in nat
     logps = F.logsigmoid(-odds)
-    grad = d_logit = None
+    grad = factor = d_logit = None
     if stats or need_hidden_grad or need_head_grad:
         distance = z.sub_(torch.logaddexp(others, z_y))  # log p, -inf at the target
         p = distance.exp()
@@ -182,18 +194,23 @@ def _by_log_odds(
             found["log_sum_sq_probs"] = torch.logaddexp(squares, 2 * logps)
         d_logit = p.mul_(-head.slope)
         of_target = odds.sigmoid() * head.slope
+        factor = of_target.masked_fill(skip[:, None], 0).squeeze(1)
         if tanh is not None:
             flat = one_minus_square(tanh)
             of_target *= flat.gather(1, at_y)
             d_logit *= flat
         d_logit.scatter_(1, at_y, of_target).masked_fill_(skip[:, None], 0)
     if need_hidden_grad and d_logit is not None:
-        grad = (d_logit @ w.to(d_logit.dtype)).to(head.rounded)
+        grad = d_logit @ w.to(d_logit.dtype)
+        if is_factored(head.rounded) and factor is not None:
+            divide_rows(grad, factor)
+        grad = grad.to(head.rounded)
     found = {name: value.reshape(-1).masked_fill(skip, 0) for name, value in found.items()}
     logps = logps.squeeze(1).masked_fill_(skip, math.nan).masked_fill_(ignored, 0)
     return ForwardResult(
         token_logps=logps,
         hidden_grad=grad,
+        hidden_factor=factor if grad is not None and is_factored(head.rounded) else None,
         saved=(d_logit,) if need_head_grad and d_logit is not None else (),
         stats=TokenStats(**found) if stats else None,
     )

@@ -70,17 +70,19 @@ def _forward(
     need_weight_grad: bool,
     need_bias_grad: bool,
 ) -> list[Tensor]:
-    """[log-probs, statistics ..., d hidden up to a factor per row (or empty), saved ...]."""
+    """[log-probs, statistics ..., `hidden_grad` and `hidden_factor` (or empty), saved ...]."""
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
     call = _call(hidden, weight, flat, adapter, tiny=True)
     check_targets(targets, weight.shape[0], ignore_index)
     result = call.forward(hidden, weight, targets, bias, adapter, keep=False)
-    grad = result.hidden_grad
+    grad, factor = result.hidden_grad, result.hidden_factor
     if grad is None:
         grad = hidden.new_empty(0, dtype=rounded)
+    if factor is None:
+        factor = hidden.new_empty(0, dtype=torch.float32)
     found = [getattr(result.stats, name) for name in call.stats]
-    return [result.token_logps, *found, grad, *result.saved]
+    return [result.token_logps, *found, grad, factor, *result.saved]
 
 
 @_forward.register_fake
@@ -93,11 +95,12 @@ def _(hidden, weight, targets, bias, adapter, *flat):
         return hidden.new_empty(n, dtype=dtype)
 
     found = [rows(torch.bool if name == "is_top1" else wide) for name in call.stats]
-    shape = hidden.shape if call.need_hidden_grad else (0,)
+    grad = hidden.new_empty(hidden.shape if call.need_hidden_grad else (0,), dtype=call.rounded)
+    factor = hidden.new_empty(n if call.need_hidden_factor else 0, dtype=torch.float32)
     saved = []
     if call.need_head_grad:
         saved = [rows() for _ in range(2 if call.impl == "triton" else 3)]
-    return [rows(), *found, hidden.new_empty(shape, dtype=call.rounded), *saved]
+    return [rows(), *found, grad, factor, *saved]
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_logps_weight_grad", mutates_args=())
@@ -147,10 +150,10 @@ def _setup(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, adapter, *ctx.flat = inputs
     call = _call(hidden, weight, ctx.flat)
     ctx.set_materialize_grads(False)
-    ctx.hidden_dtype = hidden.dtype
-    grad, *saved = output[1 + len(call.stats) :]
+    ctx.hidden_dtype, ctx.factored = hidden.dtype, call.need_hidden_factor
+    grad, factor, *saved = output[1 + len(call.stats) :]
     head = [hidden, weight, targets, bias, adapter] if call.need_head_grad else [None] * 5
-    ctx.save_for_backward(grad, *head, *saved)
+    ctx.save_for_backward(grad, factor, *head, *saved)
 
 
 def _backward(ctx, grads):
@@ -159,10 +162,11 @@ def _backward(ctx, grads):
     grad_logps = grads[0]
     if grad_logps is None:
         return (None,) * 5 + none
-    unscaled, hidden, weight, targets, bias, adapter, *saved = ctx.saved_tensors
+    unscaled, factor, hidden, weight, targets, bias, adapter, *saved = ctx.saved_tensors
     d_hidden = d_trained = d_bias = None
     if need_hidden_grad:
-        d_hidden = (unscaled * grad_logps[:, None]).to(ctx.hidden_dtype)
+        scale = grad_logps * factor if ctx.factored else grad_logps
+        d_hidden = (unscaled * scale[:, None]).to(ctx.hidden_dtype)
     if need_weight_grad or need_bias_grad:
         head_grads = cast(Any, _weight_grad)(
             grad_logps, saved, hidden, weight, targets, bias, adapter, *ctx.flat

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .impls import ForwardResult, TokenStats
+from .impls import ForwardResult, TokenStats, is_factored
 from .linear_logps_targets import left_out, outside
 from .linear_logps_torch_tiles import (
     BITS,
@@ -23,6 +23,7 @@ from .linear_logps_torch_tiles import (
     Head,
     accumulate,
     accumulate_transposed,
+    divide_rows,
     exponents,
     may_keep,
     one_minus_square,
@@ -82,6 +83,7 @@ class _Rows:
     others: Tensor
     logps: Tensor
     grad: Tensor | None
+    factor: Tensor  # slope (1 - p_y)
     saved: tuple[Tensor, ...]  # r in bits, 1 / (s_o + s_y), what stands for E at the target in dW
     stats: dict[str, Tensor]
 
@@ -120,6 +122,7 @@ def forward(
     head_grad = need_weight_grad or need_bias_grad
     logps, saved = new(n), [new(n) for _ in range(3)] if head_grad else []
     hidden_grad = new(n, d, dtype=rounded) if need_hidden_grad else None
+    factor = new(n) if need_hidden_grad and is_factored(rounded) else None
     found = {s: new(n, dtype=torch.bool if s == "is_top1" else head.dtype) for s in stats}
     tiles = head.tiles + bool(stats)
     keep = keep and head_grad and may_keep(head, n, workspace_bytes, tiles)
@@ -141,6 +144,8 @@ def forward(
             whole[index] = part
         if hidden_grad is not None and done.grad is not None:
             hidden_grad[index] = done.grad.masked_fill_(skip[:, None], 0).to(rounded)
+        if factor is not None:
+            factor[index] = done.factor.masked_fill(skip, 0)
         if saved:
             for whole, part in zip(saved, done.saved, strict=True):
                 whole[index] = part
@@ -165,6 +170,7 @@ def forward(
     return ForwardResult(
         token_logps=logps,
         hidden_grad=hidden_grad,
+        hidden_factor=factor,
         saved=tuple(saved),
         stats=TokenStats(**found) if stats else None,
     )
@@ -285,6 +291,9 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
     if grad is not None:
         grad.mul_((-head.slope * inv_sum)[:, None])
         grad.addcmul_(w_y, (head.slope * flat_y * s_o * inv_sum)[:, None])
+    factor = head.slope * s_o * inv_sum
+    if grad is not None and is_factored(head.rounded):
+        divide_rows(grad, factor)
     target_e = -s_o * flat_y
     if store is not None:
         store.scatter_(1, y[:, None], target_e[:, None])
@@ -304,7 +313,7 @@ def _run_rows(job: _Pass, h: Tensor, y: Tensor, at_max: bool, store: Tensor | No
         found["is_top1"] = sums.is_top1
     if "log_sum_sq_probs" in stats:  # p_v = exp(z_v - r) / (s_o + s_y)
         found["log_sum_sq_probs"] = sums.squares.log() + 2 * (sums.top * NATS + inv_sum.log())
-    return _Rows(s_o, logps, grad, (r, inv_sum, target_e), found)
+    return _Rows(s_o, logps, grad, factor, (r, inv_sum, target_e), found)
 
 
 def _fold(sums: _Sums, tile: Tensor, cap: Tensor | None, y: Tensor, v0: int, job: _Pass) -> None:

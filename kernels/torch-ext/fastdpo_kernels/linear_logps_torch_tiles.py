@@ -139,10 +139,17 @@ def accumulate(head: Head, grad: Tensor, e: Tensor, w: Tensor) -> None:
             grad.addmm_(e, w)
         else:
             grad.add_(product)
-    elif head.rounded == torch.float16:  # whose range of 2^-24 to 2^16 E is moved to the middle of
-        grad.add_(torch.mm((e * 2.0**14).half(), w, out_dtype=head.dtype), alpha=2.0**-14)
+    elif head.rounded == torch.float16:  # whose range ends at 2^-24: each row's largest E is 2^14
+        top = e.amax(1, keepdim=True).clamp_(min=2.0**-100)
+        product = torch.mm((e * (2.0**14 / top)).half(), w, out_dtype=head.dtype)
+        grad.add_(product.mul_(top), alpha=2.0**-14)
     else:
         grad.add_(torch.mm(e.to(head.rounded), w, out_dtype=head.dtype))
+
+
+def divide_rows(grad: Tensor, factor: Tensor) -> None:
+    """grad [k, D] / factor [k] in place. Where a factor is 0 so is its row, and stays it."""
+    grad.div_(factor.masked_fill(factor == 0, 1)[:, None])
 
 
 def accumulate_transposed(total: Tensor, e: Tensor, h: Tensor) -> None:

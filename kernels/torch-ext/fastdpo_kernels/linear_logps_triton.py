@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tiles, tuning
-from .impls import ForwardResult, TokenStats
+from .impls import ForwardResult, TokenStats, is_factored
 from .linear_logps_targets import blocks, left_out
 from .linear_logps_triton_dw import add_target_rows, column_sums, dw_operand
 from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
@@ -129,6 +129,9 @@ def run_forward(job: Job, targets: Tensor, ignore_index: int, plan: Plan) -> For
     saved = [torch.empty(n, device=device) for _ in range(2)] if job.trained else []
     any_flag = torch.zeros(1, dtype=torch.int32, device=device)
     grad = torch.empty(n, d, dtype=job.rounded, device=device) if job.need_hidden_grad else None
+    factor = None
+    if grad is not None and is_factored(job.rounded):
+        factor = torch.empty(n, device=device)
     kept = None
     if job.kept:
         kept = torch.empty(n, tiles.round_up(v, 8), dtype=job.e_dtype, device=device)
@@ -182,11 +185,13 @@ def run_forward(job: Job, targets: Tensor, ignore_index: int, plan: Plan) -> For
             None if grad is None else grad[rows], None if kept is None else kept[rows], part,
             logits=job.logits, splits=splits, programs=2 * job.device.sms,
         )  # fmt: skip
+        if factor is not None:
+            torch.mul(share, job.logits.slope, out=factor[rows])
         if job.trained and job.logits.softcap:
             share.mul_(z.div_(job.logits.cap).square_().neg_().add_(1))
     if kept is not None:
         saved.append(kept)
-    return ForwardResult(logps, grad, tuple(saved), _chosen_stats(stats, job.stats))
+    return ForwardResult(logps, grad, factor, tuple(saved), _chosen_stats(stats, job.stats))
 
 
 def run_weight_grad(

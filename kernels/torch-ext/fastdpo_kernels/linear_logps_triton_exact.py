@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .impls import TokenStats
+from .impls import TokenStats, is_factored
 from .linear_logps_triton_math import (
     CALL_INTS,
     FUSE,
@@ -183,10 +183,12 @@ def _exact_rows_kernel(
     BLOCK_S: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
+    FACTORED: tl.constexpr,
 ):
     """Joins the splits; then d hidden (a slice of D per program) and E of the flagged rows.
 
     Their E is p itself, so their factor for dW is 1 where other rows have 1 / (s_o + s_y).
+    FACTORED: d hidden is divided by slope * (1 - p_y), as in `_hidden_grad_kernel`.
     """
     slices = 1
     if grad_ptr is not None:
@@ -210,6 +212,7 @@ def _exact_rows_kernel(
             total = tl.sum(sums * fade, 0)
             # log-odds of "not y", and from them logp = -softplus
             others = top + tl.log(total)
+            others = tl.where(others < -1e30, -1e30, others)  # no other column: not -inf
             far = others - z_y
             shrink = tl.exp2(-tl.abs(far) * LOG2E)
             logp = -(tl.maximum(far, 0.0) + tl.log(1.0 + shrink))
@@ -246,14 +249,16 @@ def _exact_rows_kernel(
                         stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                     )  # fmt: skip
                     z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
-                    d = z - lse[:, None]
+                    # as a share of 1 - p_y
+                    d = z - others[:, None]
                     p = tl.exp2(tl.where(d > 0.0, 0.0, d) * LOG2E)  # a minimum would drop NaN
                     p = tl.where(cols[None, :] == target[:, None], 0.0, p) * flat
                     if e_ptr is not None:
                         if part == 0:
                             out = e_ptr + rows[:, None] * stride_e + cols[None, :]
                             inside = flag[:, None] & (cols < V)[None, :]
-                            tl.store(out, p.to(e_ptr.dtype.element_ty), mask=inside)
+                            e = p * share[:, None]
+                            tl.store(out, e.to(e_ptr.dtype.element_ty), mask=inside)
                     if grad_ptr is not None:
                         w = matrix_at(
                             weight_ptr, adapter_ptr, cols.to(tl.int64)[:, None], ds[None, :],
@@ -261,6 +266,8 @@ def _exact_rows_kernel(
                             stride_weight, stride_weight_k, stride_adapter,
                             hidden_ptr.dtype.element_ty,
                         )  # fmt: skip
+                        if FACTORED:  # fp16's range ends at 2^-24
+                            p = p * 16384.0
                         p = p.to(hidden_ptr.dtype.element_ty)
                         acc = tl.dot(p, w, acc, input_precision="ieee")
                 if grad_ptr is not None:
@@ -271,8 +278,15 @@ def _exact_rows_kernel(
                         stride_weight, stride_weight_k, stride_adapter,
                         hidden_ptr.dtype.element_ty,
                     ).to(tl.float32)  # fmt: skip
-                    at_y = (share * slope_at(z_y, cap, SOFTCAP))[:, None]
-                    grad = (slope * (at_y * w - acc)).to(grad_ptr.dtype.element_ty)
+                    if FACTORED:
+                        acc = acc * (1.0 / 16384.0)
+                    at_y = slope_at(z_y, cap, SOFTCAP) + tl.zeros((BLOCK_N,), tl.float32)
+                    grad = at_y[:, None] * w - acc
+                    if FACTORED:
+                        grad = tl.where(share[:, None] == 0.0, 0.0, grad)
+                    else:
+                        grad = slope * share[:, None] * grad
+                    grad = grad.to(grad_ptr.dtype.element_ty)
                     tl.store(grad_ptr + rows[:, None] * D + ds[None, :], grad, mask=inside)
 
 
@@ -327,5 +341,6 @@ def exact_rows(
         logps, share, inverse, lse, grad, e, *every,
         n, splits, v, d, *layout, 0 if e is None else e.stride(0),
         logits.scale, logits.cap, logits.slope,
-        BLOCK_D=BLOCK_D[width], BLOCK_S=MOST_SPLITS, STATS=stats is not None, **blocks,
+        BLOCK_D=BLOCK_D[width], BLOCK_S=MOST_SPLITS, STATS=stats is not None,
+        FACTORED=is_factored(hidden.dtype), **blocks,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .impls import TokenStats
+from .impls import TokenStats, is_factored
 from .linear_logps_triton_math import (
     ARGMAX,
     CALL_INTS,
@@ -201,15 +201,20 @@ def _hidden_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FACTORED: tl.constexpr,
 ):
-    """slope * ((1 - p_y) slope_y W[y] - (E @ W) / (s_o + s_y)); 0 where there is no target."""
+    """slope * ((1 - p_y) slope_y W[y] - (E @ W) / (s_o + s_y)); 0 where there is no target.
+
+    FACTORED: that divided by slope * (1 - p_y), and 0 where 1 - p_y is.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_ok = rows < n_rows
     target = tl.load(target_ptr + rows, mask=row_ok, other=-1)
     has = target >= 0
     z = tl.load(z_ptr + rows, mask=row_ok, other=0.0)
-    share = tl.load(share_ptr + rows, mask=row_ok, other=0.0) * slope_at(z, cap, SOFTCAP)
+    share = tl.load(share_ptr + rows, mask=row_ok, other=0.0)
+    at_y = share * slope_at(z, cap, SOFTCAP)
     inverse = tl.load(inverse_ptr + rows, mask=row_ok, other=0.0)
     mask = has[:, None] & (ks < D)[None, :]
     at = rows[:, None] * D + ks[None, :]
@@ -222,7 +227,11 @@ def _hidden_grad_kernel(
         weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
         stride_weight, stride_weight_k, stride_adapter, out_ptr.dtype.element_ty,
     ).to(tl.float32)  # fmt: skip
-    grad = slope * (share[:, None] * w - inverse[:, None] * product)
+    grad = at_y[:, None] * w - inverse[:, None] * product
+    if FACTORED:
+        grad = grad / tl.where(share == 0.0, 1.0, share)[:, None]
+    else:
+        grad = slope * grad
     grad = tl.where(has[:, None], grad, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, grad, mask=row_ok[:, None] & (ks < D)[None, :])
 
@@ -287,13 +296,14 @@ def hidden_grad(
     *,
     logits: Logits,
 ) -> None:
-    """d logp / d hidden [n, D] from `product` [splits, n, D], E @ W in parts."""
+    """`ForwardResult.hidden_grad` [n, D] from `product` [splits, n, D], E @ W in parts."""
     n, d = out.shape
     block = width(d, GRAD_WIDTH[matrix.adapter is not None])
     _hidden_grad_kernel[(triton.cdiv(n, 8), triton.cdiv(d, block))](
         product, *matrix.pointers, target, z, share, inverse, out,
         n, product.shape[0], d, *matrix.layout, logits.slope, logits.cap,
-        BLOCK_N=8, BLOCK_K=block, SOFTCAP=logits.softcap, num_warps=4, **FUSE,
+        BLOCK_N=8, BLOCK_K=block, SOFTCAP=logits.softcap, FACTORED=is_factored(out.dtype),
+        num_warps=4, **FUSE,
     )  # fmt: skip
 
 
