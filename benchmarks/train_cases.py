@@ -76,7 +76,7 @@ CPU_CASES = (
     # For the phases of each kind of lengths.
     Case("5M", "lora", "hh", 4, 2, ("fastdpo",)),
     Case("5M", "lora", "ultrafeedback", 2, 2, ("fastdpo",)),
-    Case("5M", "lora", "long", 1, 2, ("fastdpo",), 8192),
+    Case("5M", "lora", "long", 1, 2, ("fastdpo",), 8192, 16384),
 )
 SMOKE_CASES = (
     Case("tiny", "lora", "hh", 2, 2, TRAINERS, max_length=64),

@@ -136,6 +136,14 @@ def test_gathering_shared_prompts_is_a_small_part_of_a_step_by_its_bytes(shape, 
     assert gathering / (gathering + step) < 0.03  # the bar; 0.5 to 1.4 % of these
 
 
+def test_every_pair_of_a_cpu_case_fits_a_pack():
+    for case in train_cases.CPU_CASES:
+        if case.lengths != "hh-text":
+            bench = train_cases.Bench(case, CPU)
+            # Without a GPU there is no plan, and `auto` is 8192.
+            assert bench.lengths.sum(1).max() <= (case.max_tokens_per_pack or 8192), case.name
+
+
 def test_a_random_head_is_peaked():
     model = workloads.random_model("tiny", torch.device("cpu"), torch.float32)
     with torch.no_grad():
