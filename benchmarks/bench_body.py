@@ -7,14 +7,12 @@ where the host can't keep up it shows. liger-kernel goes last: it replaces funct
 call. Attention is included, embeddings and head are not. Writes JSON, prints a table.
 """
 
-import argparse
 import copy
 import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from .harness import (
     BROKEN,
     Budget,
     Results,
+    arguments,
     command_line,
     default_device,
     environment,
@@ -201,10 +200,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_body", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON")
-    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_body", __doc__, picture=False)
     parser.add_argument("--rounds", type=int, default=10, help="turns that each variant has")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")

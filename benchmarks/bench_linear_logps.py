@@ -6,7 +6,6 @@ model's. What decides the bars comes first, so a run that is cut short has it. W
 and prints a table. `pytest benchmarks/bench_linear_logps.py` times a CPU case.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -27,6 +26,7 @@ from .harness import (
     Budget,
     CudaIsBroken,
     Results,
+    arguments,
     command_line,
     default_device,
     environment,
@@ -336,12 +336,7 @@ def plot(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_linear_logps", description=__doc__
-    )
-    parser.add_argument("--output", type=Path, help="JSON; a PNG of the same name beside it")
-    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_linear_logps", __doc__)
     parser.add_argument("--repeats", type=int, default=10, help="timed calls; medians are shown")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")

@@ -7,13 +7,11 @@ depend on the machine's mood: FLOPs of products, bytes kept for the backward pas
 make an activation. Attention is included, embeddings and head are not. Writes JSON, prints a table.
 """
 
-import argparse
 import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +34,7 @@ from . import ROOT
 from .harness import (
     Budget,
     Results,
+    arguments,
     command_line,
     default_device,
     environment,
@@ -233,10 +232,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_lora", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON")
-    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_lora", __doc__, picture=False)
     parser.add_argument("--rounds", type=int, default=30, help="turns that each variant has")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")

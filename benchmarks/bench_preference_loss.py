@@ -6,7 +6,6 @@ log-probs, a mask, a sum, a log-sigmoid; its padding is made beforehand. Tiny be
 step: what counts are launches and the host's time. Writes JSON and PNG and prints a table.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from . import ROOT
 from .harness import (
     Budget,
     Results,
+    arguments,
     command_line,
     default_device,
     environment,
@@ -158,12 +158,7 @@ def plot(measured: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_preference_loss", description=__doc__
-    )
-    parser.add_argument("--output", type=Path, help="JSON; a PNG of the same name beside it")
-    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_preference_loss", __doc__)
     parser.add_argument("--repeats", type=int, default=30, help="timed calls; medians are shown")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")

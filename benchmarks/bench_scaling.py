@@ -5,7 +5,6 @@ pack, over the pairs in a step, and over the model's parameters; table, JSON and
 same sweeps over tiny models, which say that it runs and little else.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from .bench_train_step import reason_of
 from .harness import (
     Budget,
     Results,
+    arguments,
     command_line,
     default_device,
     environment,
@@ -119,10 +119,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_scaling", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON; a PNG of the same name beside it")
-    parser.add_argument("--seconds", type=float, help="start no run that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_scaling", __doc__)
     options = parser.parse_args(argv)
     device = default_device()
     path = options.output or ROOT / "benchmarks" / "results" / f"scaling_{device.type}.json"

@@ -7,7 +7,6 @@ Prints tables and writes JSON and PNG. `pytest benchmarks/bench_train_step.py` t
 with pytest-benchmark.
 """
 
-import argparse
 import dataclasses
 import sys
 import traceback
@@ -24,6 +23,7 @@ from .harness import (
     Budget,
     CudaIsBroken,
     Results,
+    arguments,
     command_line,
     copy_bytes_per_second,
     default_device,
@@ -287,12 +287,7 @@ def plot(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_train_step", description=__doc__
-    )
-    parser.add_argument("--output", type=Path, help="JSON; a PNG of the same name beside it")
-    parser.add_argument("--seconds", type=float, help="start no run that won't end within these")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    parser = arguments("benchmarks.bench_train_step", __doc__)
     parser.add_argument("--repeats", type=int, help="of every run; medians are shown")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument(

@@ -4,6 +4,7 @@ A result is only worth keeping with the device, versions, commit and command tha
 `Results` writes them first and each row as soon as it is measured. No model or kernel here.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -97,6 +98,16 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def arguments(module: str, about: str | None, *, picture: bool = True) -> argparse.ArgumentParser:
+    """A program's parser with what every program of rows takes: where, how long, and going on."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    beside = "; a PNG of the same name beside it" if picture else ""
+    parser.add_argument("--output", type=Path, help=f"JSON{beside}")
+    parser.add_argument("--seconds", type=float, help="start nothing that won't end within these")
+    parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
+    return parser
 
 
 def command_line(module: str, argv: Sequence[str] | None = None) -> str:
