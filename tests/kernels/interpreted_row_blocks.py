@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import is_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import tiles
@@ -18,6 +15,7 @@ from fastdpo_kernels.impls import STATS
 from fastdpo_kernels.linear_logps import linear_logps
 from fastdpo_kernels.tiles import Gemm, Plan, Variant
 from tests.kernels.interpreter import patch_once
+from tests.kernels.linear_logps_cases import Sizes
 from tests.numerics import (
     assert_adapter_close,
     assert_grads_close,
@@ -103,25 +101,6 @@ def test_the_librarys_products_by_parts_of_a_tile(plans, monkeypatch):
     got = run(op, head, stats=(), workspace_bytes=28_000, **FULL)
     assert plans[1].cols == 128 and plans[1].block < 70
     assert_grads_close(head, got, **FULL)
-
-
-class Sizes(TorchDispatchMode):
-    """The bytes of all memory that operators made, once each."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.set_:  # the interpreter's view of an argument
-            return result
-        for x in filter(is_tensor, tree_leaves(result)):
-            storage = x.untyped_storage()
-            if storage._cdata not in given:
-                self.made[storage._cdata] = storage  # held, so that no other gets its place
-        return result
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

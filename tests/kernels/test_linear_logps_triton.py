@@ -1,4 +1,4 @@
-"""Runs interpreted_linear_logps.py, the tests of the Triton `linear_logps`, in an interpreter."""
+"""Runs interpreted_*.py, the tests of the Triton `linear_logps`, in an interpreter."""
 
 import pytest
 
@@ -19,3 +19,8 @@ def test_random_shapes_in_the_interpreter():
 @needs_interpreter
 def test_blocks_of_rows_and_extremes_in_the_interpreter():
     run_interpreted("interpreted_row_blocks.py", "interpreted_extremes.py", marks="not soak")
+
+
+@needs_interpreter
+def test_every_choice_of_what_is_trained_in_the_interpreter():
+    run_interpreted("interpreted_asked.py", marks="not soak")
