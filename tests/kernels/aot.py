@@ -172,10 +172,12 @@ def small_entries(scope: str) -> Iterator[Entry]:
             {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
             | ({} if full else {"db_ptr": None}), dtype=dtype,
         )  # fmt: skip
-        yield Entry(
-            "bias target rows" + tag, dw._target_rows_kernel,
-            {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype], "dw_ptr": None}, dtype=dtype,
-        )  # fmt: skip
+        if full:
+            yield Entry(
+                f"bias target rows {dtype}", dw._target_rows_kernel,
+                {"BLOCK_R": 8, "BLOCK_K": 16, "ROUNDED": TYPES[dtype], "dw_ptr": None},
+                dtype=dtype,
+            )  # fmt: skip
         yield Entry(
             "column sums" + tag, dw._column_sums_kernel,
             {"BLOCK_R": 64, "BLOCK_V": 64, "ADD": full}

@@ -75,11 +75,17 @@ def linear_logps(
     """Returns log softmax(z)[n, targets[n]] of every row n: [N], in nat, fp32 (fp64 for fp64).
 
     With a = scale * (hidden @ weight.T + bias), the logits are z = a / temperature, or
-    softcap * tanh(a / softcap) / temperature. Nothing of size [N, V] is kept: extra memory is
-    `workspace_bytes` at any N, the result, and the gradient of `hidden`, which is finished during
-    the forward pass up to a factor per row (a number that fp16 keeps beside it: what a loss scale
-    is to save would underflow before). A trained head also keeps two or three numbers of each row
-    for the backward pass.
+    softcap * tanh(a / softcap) / temperature. Extra memory is `workspace_bytes` at any N, the
+    result, and the gradients that are asked for: of `hidden` twice, for it is finished during the
+    forward pass up to a factor per row (a number that fp16 keeps beside it: what a loss scale is to
+    save would underflow before); of `bias` as sums [V] in fp32. Where `weight`, `bias` or B is
+    trained, two or three numbers of each row stay for the backward pass, and all exponentials
+    [N, V] if the workspace has room for them beside its tiles: that part of it is then held until
+    the backward pass, which need not compute them again. Otherwise nothing of size [N, V] exists,
+    but for tiny problems (see `impl`), within the workspace.
+    GEMMs over N x D x V: 1 for the log-probs (2 by impl="torch" on a GPU), 1 for `hidden` and A,
+    1 for `weight` (for B one of r columns), none for `bias`; for any of the last three 1 more where
+    no exponentials were kept.
 
     Args:
         hidden: [N, D], fp64, fp32, fp16 or bf16, any strides; N may be 0.
@@ -103,8 +109,8 @@ def linear_logps(
     Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
     autocast dtype, as `linear` would do, but part by part. Gradients flow to those of `hidden`,
     `weight`, `bias`, A and B that require them, once: double backward and torch.func transforms
-    raise. torch.compile takes it into its graph as one op (all but `impl="reference"`); a trained
-    head is then computed without keeping exponentials, in four GEMMs.
+    raise. torch.compile takes it into its graph as one op (all but `impl="reference"`), where
+    exponentials are never kept: a trained head takes four GEMMs then.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target

@@ -5,7 +5,7 @@ Per row, in a frame r: E_v = exp(z_v - r) for v != y, s_o = sum_v E_v, s_y = exp
 (times the logit transform's slope). Tiles hold logits in bits, for exp2. On a CPU r = z_y, known
 before the first tile, so nothing is ever rescaled; the rare rows that overflow this frame are done
 again with r = max z. Elsewhere all rows use that second frame (one more GEMM): asking which
-overflowed would wait for the device.
+overflowed would wait for the device. The head's gradient: see `weight_grad`.
 Callers have checked the arguments.
 """
 

@@ -3,7 +3,8 @@
 With z_y = h . W[y] known first, one GEMM gives E = exp(z - z_y - 40.2), target zeroed, and its row
 sums; a second one, E @ W in fp32 over chunks of the vocabulary, finishes d hidden in the forward
 pass (GEMMs: 1 without gradient, 2 for a frozen head). For dW either E is kept, then one more GEMM
-(3), or it is computed again chunk by chunk (4). The second GEMMs are the library's (cuBLAS).
+(3), or it is computed again chunk by chunk (4); a bias takes sums of E's columns, no GEMM of its
+own. The second GEMMs are the library's (cuBLAS).
 16-bit inputs: E is bf16 (it spans fp32's range, fp16's does not) and meets bf16 operands: fp16
 weights are rounded to bf16 for the gradients, chunk by chunk. fp32 inputs: all fp32, never TF32.
 Rows come in blocks, which share the workspace: of vectors [N] there are only results.
