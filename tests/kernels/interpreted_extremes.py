@@ -180,7 +180,7 @@ def test_gradients_of_rows_too_long_to_count():
         launch(
             rows._hidden_grad_kernel, (1, 1),
             product, weight, None, target, z, share, inverse, out, n, splits, d, d, 16, 1, 0,
-            1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False,
+            1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False, FACTORED=False,
         )  # fmt: skip
         return out[:, :columns].clone()
 
@@ -226,7 +226,8 @@ def test_exact_sums_of_splits_far_apart(monkeypatch):
             exact_kernels._exact_rows_kernel, (1,),
             hidden, weight, None, None, target, z_y, *flags, scratch, *out, None, None, *stats,
             n_rows, splits, v, d, *layout, 0, 1.0, 1.0, 1.0,
-            BLOCK_D=64, BLOCK_S=exact_kernels.MOST_SPLITS, STATS=True, **blocks,
+            BLOCK_D=64, BLOCK_S=exact_kernels.MOST_SPLITS, STATS=True, FACTORED=False,
+            **blocks,
         )  # fmt: skip
         return [*out, *stats]
 
