@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 import fastdpo_kernels
 from fastdpo.precompute import precompute
-from fastdpo_kernels import late, linear_logps_targets
+from fastdpo_kernels import late, linear_logps_targets, preference_loss_check
 from tests.tiny import tiny_pairs
 from tests.tiny_trainer import trainer
 
@@ -128,7 +128,7 @@ def test_devices_that_nobody_looks_at_later_are_looked_at_at_once(device, pendin
     linear_logps_targets.check_targets(there(3, 32, -100), 33, -100)
     with pytest.raises(ValueError, match=r"^linear_logps: targets\[1\] = 33 is outside"):
         linear_logps_targets.check_targets(there(3, 33), 33, -100)
-    check = fastdpo_kernels.preference_loss.__globals__["_check_values"]
+    check = preference_loss_check.check_values
     pairs = there(0, 1).view(1, 2)
     check(there(0, 2, 5, dtype=torch.int32), pairs, 5)
     with pytest.raises(ValueError, match="^preference_loss: cu_responses must run from 0 to N=5"):

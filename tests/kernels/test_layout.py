@@ -50,15 +50,18 @@ def test_directions():
     seen = {p.stem: {n for n, relative in imports(p) if relative} for p in PACKAGE.glob("*.py")}
     parts = {"linear_logps_call", "linear_logps_graph", "linear_logps_targets"}
     assert seen["linear_logps"] == {"impls", "late", "reference"} | parts
-    assert seen["preference_loss"] == {"impls", "late", "reference"}
-    assert seen["linear_logps_graph"] == {"late", "linear_logps_call", "linear_logps_targets"}
+    assert seen["preference_loss"] == {"impls", "late", "reference", "preference_loss_check"}
+    assert seen["preference_loss_check"] == {"checks", "impls", "late"}
+    assert seen["linear_logps_graph"] == {"impls", "late"} | (parts - {"linear_logps_graph"})
     part_of = {"linear_logps_eager", "linear_logps_torch_gemm"}  # their is_tiny, ieee_matmul
-    assert seen["linear_logps_call"] == {"impls"} | part_of
+    assert seen["linear_logps_call"] == {"checks", "impls"} | part_of
     assert seen["linear_logps_targets"] == {"late"}
     assert seen["linear_dpo_loss"] == {"linear_logps", "preference_loss"} | (
         parts - {"linear_logps_graph"}
     )
-    assert seen["reference"] == {"impls"} and seen["impls"] == seen["late"] == set()
+    assert (
+        seen["reference"] == {"impls"} and seen["impls"] == seen["late"] == seen["checks"] == set()
+    )
     for name, used in seen.items():
         if "_torch" in name or "_triton" in name or name in ("tiles", "tuning"):
             assert not used & {*OPS, "reference"}, f"{name} imports {used}"
@@ -68,7 +71,7 @@ def test_importing_it_loads_no_triton():
     """Kernels are loaded when they run: a CPU user never waits for a compiler."""
     lazily = [p.stem for p in PACKAGE.glob("*.py") if "_triton" in p.stem]
     parts = ("linear_logps_call", "linear_logps_eager", "linear_logps_graph")
-    for stem in ("__init__", "impls", "late", "reference", *parts, *OPS):
+    for stem in ("__init__", "checks", "impls", "late", "reference", *parts, *OPS):
         for name, _ in imports(PACKAGE / f"{stem}.py"):
             assert name.split(".")[0] != "triton" and name not in lazily
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo_kernels import late, preference_loss, preference_loss_torch
+from fastdpo_kernels import late, preference_loss, preference_loss_check, preference_loss_torch
 from fastdpo_kernels.reference import preference_loss_reference
 
 preference_loss_module = importlib.import_module("fastdpo_kernels.preference_loss")
@@ -402,14 +402,14 @@ def test_a_devices_late_report_of_bad_bounds_is_raised_when_it_has_arrived(monke
     def keep(look, *tensors):
         late._pending.append((Arrived(), look, tuple(copies)))
 
-    monkeypatch.setattr(preference_loss_module, "check_later", keep)
+    monkeypatch.setattr(preference_loss_check, "check_later", keep)
     for name, message in {
         "past the end": r"in an earlier call, .* from 0 to N=9, got 0 to 1000000",
         "falling": "falls from 4 to 2 at response 1",
         "no such response": r"pairs\[0\] = \[0, 3\] names a response outside \[0, 3\)",
     }.items():
         _, *copies, _, _ = unseen(name)
-        preference_loss_module._check_values(*(t.to("meta") for t in copies), 9)
+        preference_loss_check.check_values(*(t.to("meta") for t in copies), 9)
         with pytest.raises(ValueError, match=message):
             late.raise_late()
         assert not late._pending

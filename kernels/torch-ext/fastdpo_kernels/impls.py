@@ -9,14 +9,18 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger("fastdpo_kernels")
 
 IMPLS = ("auto", "torch", "triton", "reference")
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+_NATIVE: Any = torch._C
+_OLDER_VMAP = _NATIVE._parse_dispatch_key("Batched")  # which the enum's Python side leaves out
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,21 @@ def is_factored(rounded: torch.dtype) -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp) is looking at the tensor."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a torch.func transform (vmap, grad, jvp) is looking at the tensor, or the older vmap
+    behind `is_grads_batched` and `jacobian(vectorize=True)`."""
+    if _NATIVE._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return _NATIVE._dispatch_keys(tensor).has(_OLDER_VMAP)
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether forward-mode differentiation (torch.autograd.forward_ad) goes through the tensor."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on: all that an op in a graph can see of it."""
+    return forward_ad._current_level >= 0
 
 
 def triton_interprets() -> bool:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .impls import TokenStats
+from .impls import TokenStats, has_tangent, is_transformed
 from .late import raise_late
-from .linear_logps_call import Call, Lora, check, scale_rows
+from .linear_logps_call import BATCHED, FORWARD, Call, Lora, check, scale_rows
 from .linear_logps_graph import linear_logps_in_graph
 from .linear_logps_targets import check_targets, outside
 from .reference import linear_logps_reference
@@ -108,9 +108,10 @@ def linear_logps(
 
     Products are summed in fp32 (fp64 for fp64). Under autocast, `hidden` is rounded to the
     autocast dtype, as `linear` would do, but part by part. Gradients flow to those of `hidden`,
-    `weight`, `bias`, A and B that require them, once: double backward and torch.func transforms
-    raise. torch.compile takes it into its graph as one op (all but `impl="reference"`), where
-    exponentials are never kept: a trained head takes four GEMMs then.
+    `weight`, `bias`, A and B that require them, once and one at a time: double backward, forward
+    mode, torch.func transforms and batches of gradients raise. torch.compile takes it into its
+    graph as one op (all but `impl="reference"`), where exponentials are never kept: a trained head
+    takes four GEMMs then.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, naming both sides. A target
@@ -120,7 +121,8 @@ def linear_logps(
     """
     stats = tuple(stats)
     check(
-        hidden, weight, targets, bias, lora, softcap, scale, temperature, stats, workspace_bytes
+        hidden, weight, targets, bias, lora, softcap, scale, temperature, ignore_index, stats,
+        workspace_bytes,
     )  # fmt: skip
     device, rounded = hidden.device, hidden.dtype
     if torch.is_autocast_enabled(device.type) and rounded != torch.float64:
@@ -163,6 +165,8 @@ def _eager(
     bias: Tensor | None,
     adapter: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
+    if any(map(has_tangent, (hidden, weight, bias, adapter))):  # of an adapter's A, `hidden` has it
+        raise RuntimeError(FORWARD)
     call = call.chosen(hidden, weight, adapter, tiny=True)
     check_targets(targets, weight.shape[0], call.ignore_index)
     anchor = hidden[:0].clone() if call.need_hidden_grad else None
@@ -233,6 +237,8 @@ class _LinearLogps(torch.autograd.Function):
         grad_logps = grads[0]
         if grad_logps is None:
             return (None,) * 7
+        if is_transformed(grad_logps):
+            raise RuntimeError(BATCHED)
         raise_late()
         call: Call = ctx.call
         unscaled, factor, anchor, hidden, weight, bias, adapter, targets, *saved = ctx.saved_tensors

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_int64, check_number, check_plain, check_range, quotient
 from .impls import (
     STATS,
     ForwardResult,
@@ -173,6 +174,7 @@ def check(
     softcap: float | None,
     scale: float,
     temperature: float,
+    ignore_index: int,
     stats: tuple[str, ...],
     workspace_bytes: int,
 ) -> None:
@@ -181,11 +183,16 @@ def check(
     if bias is not None:
         tensors["bias"] = bias
     if lora is not None:
+        if not isinstance(lora, (tuple, list)):
+            kind = type(lora).__name__
+            raise TypeError(f"linear_logps: lora must be a tuple (A, B, scaling), got {kind}")
         if len(lora) != 3:
             raise ValueError(f"linear_logps: lora must be (A, B, scaling), got {len(lora)} values")
         tensors |= {"lora's A": lora[0], "lora's B": lora[1]}
     for name, tensor in tensors.items():
-        _check_kind(name, tensor)
+        check_plain("linear_logps", name, tensor)
+        if not torch.compiler.is_compiling() and is_transformed(tensor):
+            raise RuntimeError(TRANSFORMED)
     dims = {"targets": 1, "bias": 1}
     for name, tensor in tensors.items():
         if tensor.ndim != dims.get(name, 2):
@@ -228,12 +235,8 @@ def check(
                 f"linear_logps: {name} is on {tensor.device}, hidden on {hidden.device}; "
                 "move one to the other's device"
             )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"linear_logps: softcap must be positive or None, got {softcap}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"linear_logps: temperature must be positive, got {temperature}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"linear_logps: scale must be finite, got {scale}")
+    _check_transform(softcap, scale, temperature, hidden.dtype)
+    check_int64("linear_logps", "ignore_index", ignore_index, "write ignore_index=-100")
     for name in stats:
         if name not in STATS:
             raise ValueError(
@@ -241,10 +244,38 @@ def check(
             )
     if len(set(stats)) != len(stats):
         raise ValueError(f"linear_logps: stats names one twice: {', '.join(stats)}")
-    if not 1 <= workspace_bytes < math.inf:
+    way = "write workspace_bytes=256 * 2**20"
+    check_number("linear_logps", "workspace_bytes", workspace_bytes, way)
+    if not 1 <= workspace_bytes < 2**63:
         raise ValueError(
-            f"linear_logps: workspace_bytes must be at least 1 and finite, got {workspace_bytes}"
+            f"linear_logps: workspace_bytes must be at least 1 and below 2^63, got "
+            f"{workspace_bytes}; {way}"
         )
+
+
+def _check_transform(
+    softcap: float | None, scale: float, temperature: float, dtype: torch.dtype
+) -> None:
+    """Numbers within their domain, and within what logits are computed in."""
+    op = "linear_logps"
+    given = {"scale": scale, "temperature": temperature}
+    check_number(op, "scale", scale, "write scale=1.0 for none")
+    check_number(op, "temperature", temperature, "write temperature=1.0 for none")
+    if softcap is not None:
+        check_number(op, "softcap", softcap, "write softcap=None for none")
+        given["softcap"] = softcap
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"linear_logps: softcap must be positive or None, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"linear_logps: temperature must be positive, got {temperature}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"linear_logps: scale must be finite, got {scale}")
+    given["scale / temperature"] = quotient(scale, temperature)
+    if softcap is not None:
+        given["scale / softcap"] = quotient(scale, softcap)
+        given["softcap / temperature"] = quotient(softcap, temperature)
+    for name, value in given.items():
+        check_range(op, name, value, torch.promote_types(dtype, torch.float32))
 
 
 def _check_lora(lora: Lora, weight: Tensor) -> None:
@@ -255,33 +286,27 @@ def _check_lora(lora: Lora, weight: Tensor) -> None:
             f"linear_logps: lora must be A [r, D={d}] and B [V={v}, r], got "
             f"{tuple(a.shape)} and {tuple(b.shape)}"
         )
+    check_number("linear_logps", "lora's scaling", scaling, "write lora=(A, B, 1.0) for none")
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"linear_logps: lora's scaling must be finite, got {scaling}")
-    if weight.requires_grad:
+    check_range(
+        "linear_logps", "lora's scaling", scaling, torch.promote_types(a.dtype, torch.float32)
+    )
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "linear_logps: weight requires a gradient beneath a lora adapter; freeze it "
             "(requires_grad_(False)), or merge the adapter to train the whole head"
         )
 
 
-def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuses what only looks like a plain tensor, by name."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"linear_logps: {name} must be a tensor, got {type(tensor).__name__}")
-    kind = type(tensor).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        raise TypeError(
-            f"linear_logps: {name} is a bitsandbytes {kind}; dequantize it, or keep the head "
-            "unquantized (transformers does by default)"
-        )
-    if kind == "DTensor":
-        raise TypeError(f"linear_logps: {name} is a DTensor; pass its full_tensor()")
-    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
-        raise TypeError(f"linear_logps: {name} is a ZeRO-3 shard; gather it around the call")
-    if not torch.compiler.is_compiling() and is_transformed(tensor):
-        raise RuntimeError(TRANSFORMED)
-
-
+FORWARD = (
+    "linear_logps has no forward-mode derivative (torch.autograd.forward_ad): call backward(), "
+    'or use impl="reference"'
+)
+BATCHED = (
+    "linear_logps takes one gradient at a time, not a batch of them (vmap, is_grads_batched, "
+    'jacobian(vectorize=True)): loop over them, or use impl="reference"'
+)
 TRANSFORMED = (
     "linear_logps does not work under torch.func transforms (vmap, grad, jvp): "
     "call it on the whole batch, its rows are independent"

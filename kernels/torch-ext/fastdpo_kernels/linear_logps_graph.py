@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .impls import in_forward_mode
 from .late import raise_late
-from .linear_logps_call import TRANSFORMED, Call
+from .linear_logps_call import FORWARD, TRANSFORMED, Call
 from .linear_logps_targets import check_targets
 
 _NAMESPACE = (__package__ or "fastdpo_kernels").replace(".", "_")
@@ -74,6 +75,8 @@ def _forward(
     flat = (impl, rounded, softcap, scale, temperature, ignore_index, stats, workspace_bytes,
             need_hidden_grad, need_weight_grad, need_bias_grad)  # fmt: skip
     call = _call(hidden, weight, flat, adapter, tiny=True)
+    if in_forward_mode():
+        raise RuntimeError(FORWARD)
     check_targets(targets, weight.shape[0], ignore_index)
     result = call.forward(hidden, weight, targets, bias, adapter, keep=False)
     grad, factor = result.hidden_grad, result.hidden_factor

@@ -6,21 +6,17 @@ backward, here, is a sum over the pairs that share a response, a gather to its t
 Losses of other kinds are functions of `logps`, not ops.
 """
 
-import functools
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .impls import PreferenceForward, choose_impl, is_transformed
-from .late import check_later, looks_later, raise_late
+from .impls import PreferenceForward, choose_impl, has_tangent, in_forward_mode, is_transformed
+from .late import raise_late
+from .preference_loss_check import TRANSFORMED, check, check_options, check_values
 from .reference import preference_loss_reference
-
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,8 @@ def preference_loss(
             and a later call raises, or `raise_pending`.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
-    _check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
-    _check_options(beta, loss_type, label_smoothing)
+    check(token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
+    check_options(beta, loss_type, label_smoothing)
     inputs = (token_logps, cu_responses, pairs, ref_token_logps, ref_logps)
     options = {
         "beta": float(beta),
@@ -97,11 +93,13 @@ def preference_loss(
         losses, *rest = cast(Any, _in_graph)(*inputs, *options.values(), impl)
         chosen_rewards, rejected_rewards, logps, *_ = (each.detach() for each in rest)
         return PreferenceOutput(_mean(losses), losses, chosen_rewards, rejected_rewards, logps)
-    _check_values(cu_responses, pairs, len(token_logps))
+    check_values(cu_responses, pairs, len(token_logps))
     if impl == "reference":
         result = preference_loss_reference(*inputs, **options)
         loss, losses = _mean(result.losses), result.losses
     else:
+        if any(map(has_tangent, (token_logps, ref_token_logps, ref_logps))):
+            raise RuntimeError(FORWARD)
         result = _forward(*inputs, **options, impl=impl)
         loss, losses = _PreferenceLoss.apply(token_logps, cu_responses, pairs, result)
     return PreferenceOutput(
@@ -140,6 +138,8 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx, *grads):
         raise_late()
         grad_loss, grad_losses = grads
+        if any(grad is not None and is_transformed(grad) for grad in grads):
+            raise RuntimeError(BATCHED)
         token_logps, cu_responses, pairs, chosen_slope, rejected_slope = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(token_logps.device.type, enabled=False):
             g = torch.zeros_like(chosen_slope)  # [P]
@@ -200,7 +200,9 @@ def _in_graph(
     impl: str,
 ) -> list[Tensor]:
     """The fields of a `PreferenceForward`, in order; gradients go through the losses alone."""
-    _check_values(cu_responses, pairs, len(token_logps))
+    if in_forward_mode():
+        raise RuntimeError(FORWARD)
+    check_values(cu_responses, pairs, len(token_logps))
     result = _forward(
         token_logps, cu_responses, pairs, ref_token_logps, ref_logps,
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, impl=impl,
@@ -265,9 +267,13 @@ SECOND = (
     "preference_loss has no second derivative: its gradient was finished in the forward "
     'pass; use impl="reference" to differentiate twice'
 )
-TRANSFORMED = (
-    "preference_loss does not work under torch.func transforms (vmap, grad, jvp): "
-    "call it on the whole pack, its pairs are independent"
+BATCHED = (
+    "preference_loss takes one gradient at a time, not a batch of them (vmap, is_grads_batched, "
+    'jacobian(vectorize=True)): loop over them, or use impl="reference"'
+)
+FORWARD = (
+    "preference_loss has no forward-mode derivative (torch.autograd.forward_ad): call backward(), "
+    'or use impl="reference"'
 )
 
 
@@ -295,109 +301,3 @@ def _sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
     index, order = torch.sort(index, stable=True)
     bounds = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
     return torch.segment_reduce(values[order], "sum", offsets=bounds, initial=0)
-
-
-def _check(
-    token_logps: Tensor,
-    cu_responses: Tensor,
-    pairs: Tensor,
-    ref_token_logps: Tensor | None,
-    ref_logps: Tensor | None,
-) -> None:
-    if (ref_token_logps is None) == (ref_logps is None):
-        given = "neither" if ref_logps is None else "both"
-        raise ValueError(
-            f"preference_loss: give ref_token_logps [N] or ref_logps [R], got {given}; without a "
-            "reference, or to score it itself, give zeros"
-        )
-    expected = {
-        "token_logps": (token_logps, _FLOATS, 1),
-        "cu_responses": (cu_responses, (torch.int32,), 1),
-        "pairs": (pairs, (torch.int64,), 2),
-    }
-    if ref_token_logps is not None:
-        expected["ref_token_logps"] = (ref_token_logps, _FLOATS, 1)
-    if ref_logps is not None:
-        expected["ref_logps"] = (ref_logps, _FLOATS, 1)
-    for name, (tensor, dtypes, dims) in expected.items():
-        if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise TypeError(f"preference_loss: {name} must be a tensor, got {kind}")
-        if tensor.dtype not in dtypes:
-            wanted = "a float dtype" if dtypes is _FLOATS else dtypes[0]
-            raise TypeError(f"preference_loss: {name} must be {wanted}, got {tensor.dtype}")
-        if tensor.ndim != dims:
-            shape = tuple(tensor.shape)
-            raise ValueError(f"preference_loss: {name} must have {dims} dimension(s), got {shape}")
-        if tensor.device != token_logps.device:
-            raise ValueError(
-                f"preference_loss: {name} is on {tensor.device}, token_logps on "
-                f"{token_logps.device}; move one to the other's device"
-            )
-        if not torch.compiler.is_compiling() and is_transformed(tensor):
-            raise RuntimeError(TRANSFORMED)
-    n, r = len(token_logps), len(cu_responses) - 1
-    if r < 0:
-        raise ValueError(
-            "preference_loss: cu_responses is empty; it holds R + 1 bounds, from 0 to N"
-        )
-    if pairs.shape[1] != 2:
-        raise ValueError(f"preference_loss: pairs must be [P, 2], got {tuple(pairs.shape)}")
-    if ref_token_logps is not None and len(ref_token_logps) != n:
-        raise ValueError(
-            f"preference_loss: expected N={n} ref_token_logps, got {len(ref_token_logps)}"
-        )
-    if ref_logps is not None and len(ref_logps) != r:
-        raise ValueError(
-            f"preference_loss: expected {r} ref_logps (responses), got {len(ref_logps)}"
-        )
-
-
-def _check_values(cu_responses: Tensor, pairs: Tensor, n: int) -> None:
-    """At once on a CPU and wherever else nobody looks later, as on CUDA devices."""
-    if looks_later(cu_responses.device):
-        raise_late()
-        check_later(functools.partial(_look, n), cu_responses, pairs)
-    else:
-        _look(n, cu_responses, pairs)
-
-
-def _look(n: int, cu_responses: Tensor, pairs: Tensor) -> None:
-    r = len(cu_responses) - 1
-    first, last = int(cu_responses[0]), int(cu_responses[-1])
-    if first != 0 or last != n:
-        raise ValueError(
-            f"preference_loss: cu_responses must run from 0 to N={n}, got {first} to {last}"
-        )
-    steps = cu_responses.diff()
-    if r and int(steps.min()) < 0:
-        at = int((steps < 0).nonzero()[0])
-        raise ValueError(
-            f"preference_loss: cu_responses falls from {int(cu_responses[at])} to "
-            f"{int(cu_responses[at + 1])} at response {at}"
-        )
-    least, most = (int(end) for end in pairs.aminmax()) if len(pairs) else (0, r - 1)
-    if least < 0 or most >= r:
-        at = int(((pairs < 0) | (pairs >= r)).any(1).nonzero()[0])
-        raise ValueError(
-            f"preference_loss: pairs[{at}] = {pairs[at].tolist()} names a response outside [0, {r})"
-        )
-
-
-def _check_options(beta: float, loss_type: str, label_smoothing: float) -> None:
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(
-            f"preference_loss: loss_type={loss_type!r} is not fused; expected one of "
-            f"{', '.join(LOSS_TYPES)}"
-        )
-    if not 0 < beta < math.inf:
-        raise ValueError(f"preference_loss: beta must be positive, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"preference_loss: label_smoothing must lie in [0, 0.5), got {label_smoothing}"
-        )
-    if label_smoothing and loss_type != "sigmoid":
-        raise ValueError(
-            f"preference_loss: label_smoothing={label_smoothing} has a meaning for sigmoid alone, "
-            f"not for {loss_type}"
-        )
