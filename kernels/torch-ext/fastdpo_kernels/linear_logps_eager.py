@@ -1,13 +1,15 @@
 """`linear_logps` for problems so small that calls cost more than work: all logits at once.
 
-On a CPU it is `linear_logps_torch.py` on one tile without its bookkeeping, and so to the same bits
-but for the gradients; a call in which a row overflows goes there. `impl="auto"` takes it where
-`is_tiny`. With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
+On a CPU it is `linear_logps_torch.py` without its bookkeeping: the products and sums of the tiles
+that it has in a workspace of the default size, and so the same bits but for the gradients; a call
+in which a row overflows goes there. `impl="auto"` takes it where `is_tiny`.
+With E = exp(z - z_y), by exp2 of bits, and its sum s_o, the target left out:
     logp = -log(1 + s_o)        d logp / d z = (s_o at the target, -E elsewhere) / (1 + s_o)
 A GPU, which nobody waits for to hear of an overflow, takes `_by_log_odds`.
 Callers have checked the arguments.
 """
 
+import functools
 import math
 
 import torch
@@ -18,11 +20,14 @@ from . import linear_logps_torch
 from .impls import ForwardResult, TokenStats, is_factored
 from .linear_logps_targets import left_out
 from .linear_logps_torch_tiles import (
+    COLS,
     NATS,
+    ROWS,
     Head,
     divide_rows,
     exponents,
     one_minus_square,
+    spans,
     target_logits,
 )
 
@@ -100,10 +105,10 @@ def forward(
         y, h = y.masked_fill(ignored, 0), h.masked_fill(ignored[:, None], 0)
     w, b = head.rows(0, weight.shape[0])
     z_y, flat_y = target_logits(head, h, w[y], y)
-    distance, tanh = exponents(head, h, w, b, z_y)  # z - z_y, in bits
+    distance, tanh = _exponents(head, h, w, b, z_y)  # z - z_y, in bits
     e = distance.exp2() if stats else distance.exp2_()
     e.scatter_(1, y[:, None], 0)
-    s_o = e.sum(1)
+    s_o = functools.reduce(torch.add, (part.sum(1) for part in e.split(COLS, 1)))  # as of tiles
     if not (s_o < linear_logps_torch.OVERFLOW).all():  # nor if some are not numbers
         return linear_logps_torch.forward(
             hidden, weight, targets, rounded=rounded, adapter=adapter, bias=bias,
@@ -214,6 +219,24 @@ def _by_log_odds(
         saved=(d_logit,) if need_head_grad and d_logit is not None else (),
         stats=TokenStats(**found) if stats else None,
     )
+
+
+def _exponents(
+    head: Head, h: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`exponents` [N, V] by the products of the chunked way's tiles: a library may give another
+    size of product other bits, and another size may be another library's."""
+    if len(h) <= ROWS and len(w) <= COLS:
+        return exponents(head, h, w, b, z_y)
+    out = h.new_empty(len(h), len(w))
+    tanh = None if head.softcap is None else torch.empty_like(out)
+    for r0, r1 in spans(len(h), ROWS):
+        for v0, v1 in spans(len(w), COLS):
+            part = None if b is None else b[v0:v1]
+            _, cap = exponents(head, h[r0:r1], w[v0:v1], part, z_y[r0:r1], out[r0:r1, v0:v1])
+            if tanh is not None and cap is not None:
+                tanh[r0:r1, v0:v1] = cap
+    return out, tanh
 
 
 def weight_grad(
