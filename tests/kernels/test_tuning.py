@@ -9,7 +9,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastdpo_kernels import tiles, tuning
+from fastdpo_kernels import linear_logps_triton_job, tiles, tuning
+from fastdpo_kernels.linear_logps_triton_math import Logits
 from fastdpo_kernels.tiles import Device, Gemm, Problem, Variant
 
 H200 = Device("H200", "sm90", 132, 6.5e12 * 132, 3.8e12)
@@ -290,3 +291,32 @@ def refuse(inner, variant):
         return inner(task, asked, device)
 
     return plan
+
+
+def test_one_correction_of_a_small_workspace_is_enough():
+    """What the error names is room for both passes, and one byte less is not."""
+    larger = set()
+    for d, v, rank, stats, dtype in itertools.product(
+        (4, 64), (7, 700), (None, 3), ((), ("entropy",)), (torch.float32, torch.float16)
+    ):
+        hidden, weight = torch.empty(100, d + (rank or 0), dtype=dtype), torch.empty(v, d)
+        adapter = None if rank is None else torch.empty(v, rank)
+        job = linear_logps_triton_job.Job(
+            hidden, dtype, linear_logps_triton_job.matrix_of(weight, adapter),
+            Logits.of(None, None, 1.0, 1.0), stats, need_hidden_grad=True, need_weight_grad=True,
+            trained=True, kept=False, device=H200,
+        )  # fmt: skip
+        needs = {}
+        for work, each in (("hidden", job), ("weight", dataclasses.replace(job, stats=()))):
+            with pytest.raises(tiles.TooSmall) as refused:
+                linear_logps_triton_job.default_plan(each, work, 1)
+            needs[work] = refused.value.least
+        larger.add(max(needs, key=lambda work: needs[work]))
+        most = max(needs.values())
+        for workspace in (1, min(needs.values()), most - 1):
+            with pytest.raises(ValueError, match=f"={workspace} is too small .* take {most} bytes"):
+                linear_logps_triton_job.check_room(job, "hidden", workspace)
+        linear_logps_triton_job.check_room(job, "hidden", most)
+        frozen = dataclasses.replace(job, trained=False)
+        linear_logps_triton_job.check_room(frozen, "hidden", needs["hidden"])
+    assert larger == {"hidden", "weight"}

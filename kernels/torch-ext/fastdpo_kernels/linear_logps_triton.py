@@ -25,7 +25,7 @@ from .linear_logps_triton_exact import FIELDS, exact_rows, splits_of
 from .linear_logps_triton_job import (
     Job,
     can_keep,
-    default_plan,
+    check_room,
     device_of,
     exponentials,
     matrix_of,
@@ -69,8 +69,7 @@ def forward(
     work = "hidden" if need_hidden_grad else "sums"
     if job.kept and not can_keep(job, work, workspace_bytes):
         job = dataclasses.replace(job, kept=False)
-    if head_grad:  # a workspace too small for it is refused now, not in the backward pass
-        default_plan(dataclasses.replace(job, stats=()), "weight", workspace_bytes)
+    check_room(job, work, workspace_bytes)
 
     def run(plan: Plan) -> ForwardResult:
         return run_forward(job, targets, ignore_index, plan)

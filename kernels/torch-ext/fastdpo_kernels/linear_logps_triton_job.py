@@ -3,6 +3,7 @@
 What the forward pass and the head's gradient share; `tiles.py` sizes their chunks.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,21 @@ def can_keep(job: Job, work: str, workspace: int) -> bool:
         except ValueError:
             return False
     return True
+
+
+def check_room(job: Job, work: str, workspace: int) -> None:
+    """Raises TooSmall where a pass finds no room, now or for dW: of two, that which needs more."""
+    works = [(job, work)]
+    if job.trained:
+        works.append((dataclasses.replace(job, stats=()), "weight"))
+    short = []
+    for each, its_work in works:
+        try:
+            default_plan(each, its_work, workspace)
+        except tiles.TooSmall as error:
+            short.append(error)
+    if short:
+        raise max(short, key=lambda error: error.least)
 
 
 def default_plan(job: Job, work: str, workspace: int) -> Plan:

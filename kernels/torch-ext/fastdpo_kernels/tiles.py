@@ -239,11 +239,23 @@ def _blocks(problem: Problem, rows: int) -> tuple[int, ...]:
     return (max(better, rows), rows)
 
 
+class TooSmall(ValueError):
+    """No chunks of `problem` fit its workspace; those of `least` bytes would."""
+
+    def __init__(self, problem: Problem, least: int):
+        self.least = least
+        super().__init__(
+            f"linear_logps: workspace_bytes={problem.workspace} is too small for N={problem.n}, "
+            f"D={problem.d}, V={problem.v}: the smallest chunks take {least} bytes; raise "
+            "workspace_bytes to that"
+        )
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
     """Fits the variant: the chunks that cost least by a roofline, within the workspace.
 
-    Raises ValueError if not even the smallest chunks fit.
+    Raises TooSmall if not even the smallest chunks fit.
     """
     best: tuple[float, Plan] | None = None
     least = None
@@ -272,11 +284,8 @@ def plan(problem: Problem, variant: Variant, device: Device) -> Plan:
                         best = (cost, fitted)
                     break
     if best is None:
-        raise ValueError(
-            f"linear_logps: workspace_bytes={problem.workspace} is too small for N={problem.n}, "
-            f"D={problem.d}, V={problem.v}: the smallest chunks take {least} bytes; raise "
-            "workspace_bytes"
-        )
+        assert least is not None
+        raise TooSmall(problem, least)
     return best[1]
 
 
