@@ -90,38 +90,53 @@ def test_an_adapter_on_the_head_counts():
 
 
 def test_the_docstrings_example_runs():
-    """On a padded batch of 2 pairs, against eager log-probs of that batch."""
+    """On a padded batch of 2 pairs, against eager log-probs of that batch; and what it says of a
+    reference's sums."""
     text = inspect.getdoc(linear_dpo_loss) or ""
-    example = text.partition("around the responses):\n")[2].partition("where `ref_logps`")[0]
+    example = text.partition("around the responses):\n")[2].partition("Stored beforehand")[0]
     lines = textwrap.dedent(example).strip().splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     torch.manual_seed(0)
-    table, lm_head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
-    body = lambda ids, attention_mask: SimpleNamespace(last_hidden_state=table(ids))  # noqa: E731
     ids = torch.randint(0, 50, (4, 9))
     ends = torch.tensor([9, 7, 8, 6])
     mask = torch.arange(9) < ends[:, None]
     labels = ids.masked_fill(~(mask & (torch.arange(9) >= 3)), -100)
-    scope = {
+    scored = labels[:, 1:] != -100
+
+    def model() -> tuple[SimpleNamespace, torch.Tensor]:
+        """A model, and its summed log-probs [2P]."""
+        table, lm_head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
+
+        def body(ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=table(ids))
+
+        log_p = lm_head(table(ids))[:, :-1].log_softmax(-1)
+        logps = (log_p.gather(2, ids[:, 1:, None]).squeeze(2) * scored).sum(1)
+        return SimpleNamespace(model=body, lm_head=lm_head, table=table), logps
+
+    (policy, logps), (reference, ref_logps) = model(), model()
+    scope: dict[str, Any] = {
         "torch": torch,
         "linear_dpo_loss": linear_dpo_loss,
-        "model": SimpleNamespace(model=body, lm_head=lm_head),
+        "linear_logps": linear_logps,
+        "model": policy,
+        "ref_model": reference,
         "input_ids": ids,
         "mask": mask,
         "labels": labels,
-        "ref_logps": torch.tensor([-24.0, -16.0, -20.0, -12.0]),
     }
     exec("\n".join(lines), scope)
-    log_p = lm_head(table(ids))[:, :-1].log_softmax(-1)
-    scored = labels[:, 1:] != -100
-    logps = (log_p.gather(2, ids[:, 1:, None]).squeeze(2) * scored).sum(1)
-    margin = 0.1 * (logps - scope["ref_logps"]).view(2, 2)
+    margin = 0.1 * (logps - ref_logps).view(2, 2)
     want = -torch.nn.functional.logsigmoid(margin[0] - margin[1]).mean()
+    assert abs(want.item() - 0.6931) > 1e-2  # the reference is another model
     torch.testing.assert_close(scope["out"].loss, want)
-    assert lm_head.weight.grad is not None and table.weight.grad is not None
-    scope |= {"labels": labels, "ref_logps": torch.zeros(4)}  # as the reference's own are made
-    exec("\n".join(lines), scope)
-    torch.testing.assert_close(scope["out"].logps, logps)
+    assert policy.lm_head.weight.grad is not None and policy.table.weight.grad is not None
+    assert reference.lm_head.weight.grad is None and reference.table.weight.grad is None
+    of_sums = linear_dpo_loss(
+        scope["hidden"][scored], policy.lm_head.weight, scope["targets"], scope["cu_responses"],
+        scope["pairs"], ref_logps, beta=0.1,
+    )  # fmt: skip
+    torch.testing.assert_close(of_sums.loss, want)
 
 
 def test_a_target_to_ignore_is_refused():

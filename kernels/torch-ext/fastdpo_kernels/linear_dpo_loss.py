@@ -35,19 +35,20 @@ def linear_dpo_loss(
 
     In a batch of the usual layout (chosen rows before rejected ones, -100 around the responses):
 
+        scored = labels[:, 1:] != -100  # [2P, L]
+        targets = labels[:, 1:][scored]  # [N]
+        cu_responses = torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0)).int()  # [2P + 1]
+        pairs = torch.arange(len(labels), device=labels.device).view(2, -1).T  # [P, 2]
+        with torch.no_grad():
+            hidden = ref_model.model(input_ids, attention_mask=mask).last_hidden_state[:, :-1]
+            ref = linear_logps(hidden[scored], ref_model.lm_head.weight, targets)  # [N]
         hidden = model.model(input_ids, attention_mask=mask).last_hidden_state[:, :-1]
-        labels = labels[:, 1:]  # [2P, L]
-        scored = labels != -100
-        lengths = scored.sum(1)  # [2P]
-        cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()  # [2P + 1]
-        pairs = torch.arange(len(lengths), device=labels.device).view(2, -1).T  # [P, 2]
-        out = linear_dpo_loss(
-            hidden[scored], model.lm_head.weight, labels[scored], cu_responses, pairs, ref_logps,
-            beta=0.1)
+        out = linear_dpo_loss(hidden[scored], model.lm_head.weight, targets, cu_responses, pairs,
+                              ref_token_logps=ref, beta=0.1)
         out.loss.backward()
 
-    where `ref_logps` [2P] is `out.logps` of the same call for the reference model, made once under
-    `torch.no_grad()` with zeros for the `ref_logps` that it has none of.
+    Stored beforehand, `ref` or its sums by response (as `ref_logps` [2P]) may go in instead. A head
+    with a bias, a softcap or a scale takes it in both calls.
 
     Args:
         hidden: [N, D], the row that predicts each token of each response, one after the other.
