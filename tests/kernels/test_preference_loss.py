@@ -409,7 +409,8 @@ def test_a_devices_late_report_of_bad_bounds_is_raised_when_it_has_arrived(monke
         "no such response": r"pairs\[0\] = \[0, 3\] names a response outside \[0, 3\)",
     }.items():
         _, *copies, _, _ = unseen(name)
-        preference_loss_check.check_values(*(t.to("meta") for t in copies), 9)
+        bounds, pairs = (t.to("meta") for t in copies)
+        preference_loss_check.check_values(bounds, pairs, 9)
         with pytest.raises(ValueError, match=message):
             late.raise_late()
         assert not late._pending
