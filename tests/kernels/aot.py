@@ -136,6 +136,13 @@ def gemm_entry(
 def small_entries(scope: str) -> Iterator[Entry]:
     """The kernels without a table."""
     for dtype, full in itertools.product(("bf16", "fp32"), (True, False)):
+        if full or scope == "all":  # fp32 computes E again this way by default
+            yield Entry(
+                f"epilogue alone scaled {dtype}{' full' if full else ''}", gemm._exp_tile_kernel,
+                {"BLOCK_N": gemm.TILE_ROWS, "BLOCK_V": tiles.LIBRARY.block_v, "STATS": False}
+                | {"partial_ptr": None, "SOFTCAP": full} | ({} if full else {"bias_ptr": None}),
+                gemm.TILE_WARPS, dtype=dtype,
+            )  # fmt: skip
         if scope == "quick" and (dtype == "fp32" or not full):
             continue
         no_bias = {} if full else {"bias_ptr": None}

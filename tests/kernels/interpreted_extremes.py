@@ -5,6 +5,7 @@ is too large to compute is cut down to one program of a large grid, on memory of
 pages that it touches exist.
 """
 
+import dataclasses
 import functools
 import math
 import mmap
@@ -307,6 +308,42 @@ def test_small_gradients_in_fp16():
     allowed = 6 * 2.0**-8 * -exact(head).logps.expm1()[:, None] * weight.double().abs().max()
     allowed = allowed + 2.0**-10 * want.abs() + 2.0**-24
     assert ((got - want).abs() <= allowed).all()
+
+
+# ---- operands that a kernel cannot take
+
+
+def test_bf16_is_refused_where_it_would_be_multiplied_as_integers():
+    head = peaked_head(4, 8, 20, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="linear_logps: .* bfloat16 .* float16 or float32"):
+        op(head.hidden, head.weight, head.targets)
+
+
+def test_rows_that_overlap_leave_the_descriptors(monkeypatch):
+    """One row for all, and windows on one sequence: to the bits of their copies."""
+    described = Gemm(32, 64, 32, 4, 2, loads="persistent")
+    monkeypatch.setitem(tiles.TABLES["interpreter"], "half", (described, Gemm(32, 64, 32, 4, 2)))
+    taken, default = [], tiles.default_variant
+
+    def spy(problem, device) -> Variant:
+        taken.append(default(problem, device))
+        return taken[-1]
+
+    monkeypatch.setattr(tiles, "default_variant", spy)
+    head = peaked_head(6, 32, 20, dtype=torch.float16)
+    assert gemm.describable(head.hidden, head.weight)
+    run(op, head, stats=())
+    assert taken[0].gemm == described
+    one = head.hidden[:1].expand(6, 32)
+    windows = torch.randn(200).half().as_strided((20, 32), (8, 1))
+    for views in ({"hidden": one}, {"weight": windows}):
+        assert not gemm.describable(*views.values())
+        taken.clear()
+        got = run(op, dataclasses.replace(head, **views), stats=())
+        assert {variant.gemm.loads for variant in taken} == {"pointer"}
+        copies = {name: view.contiguous() for name, view in views.items()}
+        want = run(op, dataclasses.replace(head, **copies), stats=())
+        assert torch.equal(got.logps, want.logps) and torch.equal(got.d_hidden, want.d_hidden)
 
 
 # ---- logits that are not finite

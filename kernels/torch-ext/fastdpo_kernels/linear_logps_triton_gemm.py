@@ -385,11 +385,13 @@ def exp_tile(
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether these matrices can be read through tensor descriptors."""
+    """Whether these matrices can be read through tensor descriptors: rows on 16-byte boundaries
+    that do not overlap (an expanded row has a stride of 0)."""
     return all(
         t.dtype in (torch.float16, torch.bfloat16)
         and t.stride(1) == 1
         and t.stride(0) % 8 == 0
+        and t.stride(0) >= t.shape[1]
         and t.data_ptr() % 16 == 0
         for t in tensors
     )

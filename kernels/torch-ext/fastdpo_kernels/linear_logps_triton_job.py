@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .impls import triton_interprets
 from .linear_logps_triton_gemm import describable, exp_gemm, exp_tile
 from .linear_logps_triton_math import Logits, Matrix
 from .linear_logps_triton_products import multiply
@@ -174,6 +175,11 @@ def exponentials(
             block_v=plan.variant.gemm.block_v, **shared,
         )  # fmt: skip
         return e
+    if h.dtype == torch.bfloat16 and not h.is_cuda and triton_interprets():
+        raise RuntimeError(
+            "linear_logps: Triton's interpreter multiplies bfloat16 as raw integers; give it "
+            "float16 or float32"
+        )
     if e is None and store:
         e = space.take((n, wide), job.e_dtype)[:, :c]
     exp_gemm(
