@@ -199,6 +199,31 @@ def test_a_target_that_is_masked():
     assert got.stats.entropy is not None and got.stats.entropy.isfinite().all()
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_bias_alone_makes_no_gradient_of_the_weight(impl):
+    n, d, v, workspace = 2048, 1024, 32000, 2**24
+    hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16) / d**0.5
+    bias = torch.zeros(v, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(v, (n,), device="cuda")
+
+    def step():
+        logps = linear_logps(
+            hidden, weight, targets, bias=bias, impl=impl, workspace_bytes=workspace
+        )
+        return torch.autograd.grad(logps.sum(), bias)[0]
+
+    step()  # compiles, measures
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad = step()
+    peak = torch.cuda.max_memory_allocated() - before
+    # the bias's gradient, its sums in fp32, and vectors [N]; dW would be 2 V D more
+    assert peak <= workspace + 8 * v + 256 * n < 2 * v * d
+    assert torch.isfinite(grad).all()
+
+
 def test_another_stream_and_a_graph():
     """Launches follow the current stream, and what runs can be captured."""
     head = on_gpu(peaked_head(200, 64, 2056, dtype=torch.bfloat16))
