@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fastdpo_kernels.linear_logps_lora import beside_adapter
 
 from .accumulate import Fp32Accumulation
 from .adapters import name_all_linear
@@ -326,9 +327,7 @@ def _forward(
     adapter, lora = None, head_lora(head)
     if lora is not None:  # as linear_logps itself joins it
         a, adapter, scaling = lora
-        with torch.autocast("cpu", enabled=False):
-            rows = rows.to(rounded)
-            rows = torch.cat([rows, F.linear(rows, (scaling * a).to(rounded))], 1)
+        rows = beside_adapter(rows, a, pack.targets, rounded, float(scaling), -100)
     logps = PlannedHead.apply(
         rows, head.weight, adapter, rounded, settings.workspace_bytes, settings.triton
     )

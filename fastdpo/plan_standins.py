@@ -65,7 +65,8 @@ class PlannedHead(torch.autograd.Function):
     """In the place of `linear_logps`: what it keeps, returns and borrows.
 
     hidden [N, D], weight [V, D] -> [N]. rounded: the dtype that operands are computed in. With an
-    `adapter` [V, r], which is trained in the weight's place, hidden is [N, D + r].
+    `adapter` [V, r], which is trained in the weight's place, hidden is what `beside_adapter`
+    returns.
     """
 
     @staticmethod

@@ -23,13 +23,15 @@ ULP = {  # relative spacing at 1; a rounding errs by half of it
 
 @dataclass(frozen=True)
 class Head:
-    """hidden [N, D], weight [V, D], targets [N], bias [V] or None, incoming gradient [N]."""
+    """hidden [N, D], weight [V, D], targets [N], bias [V] or None, incoming gradient [N], whose
+    dtype is that of sums. `slack` [N]: what the raw logits of a row may err by beforehand."""
 
     hidden: Tensor
     weight: Tensor
     targets: Tensor
     bias: Tensor | None
     grad: Tensor
+    slack: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,13 @@ def logps_budget(head: Head, oracle: Outcome, plain: Outcome, **transform) -> Te
     sums = slope * h.norm(dim=1) * head.weight.double().norm(dim=1).amax()
     z = _logits(head, **transform).abs().amax(1)
     least = _half_ulp(head) * (z + 2 * sums + oracle.logps.abs() + 1)
+    if head.slack is not None:
+        least += slope * head.slack
     return 2 * torch.maximum((plain.logps.double() - oracle.logps).abs(), least)
 
 
 def assert_logps_close(head: Head, actual: Tensor, **transform) -> None:
-    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    oracle, plain = exact(head, **transform), exact(head, head.grad.dtype, **transform)
     budget = logps_budget(head, oracle, plain, **transform)
     error = (actual.double() - oracle.logps).abs()
     assert torch.isfinite(actual).all()
@@ -250,7 +254,7 @@ def assert_grads_close(head: Head, actual: Outcome, *, e_ulp: float = 0.0, **tra
 
     A rounding errs by half an ulp, or a subnormal at most; what is stored before, in fp16, is
     relative to slope (1 - p_y), and so is that error."""
-    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    oracle, plain = exact(head, **transform), exact(head, head.grad.dtype, **transform)
     for name, budget in grad_budgets(head, oracle, plain, e_ulp=e_ulp, **transform).items():
         got, want = getattr(actual, name), getattr(oracle, name)
         if got is None:
@@ -273,8 +277,9 @@ def assert_adapter_close(
 ) -> None:  # fmt: skip
     """`linear_logps` with a LoRA adapter of rank r on a frozen head, all it computes.
 
-    It is the head [W, B] on [hidden, u] with u = scaling hidden A^T, rounded as an operand is: so
-    that head's oracle and budgets hold, and go on through u to hidden and A by absolute values.
+    It is the head [W, B] on [hidden, u] with u = scaling hidden A^T, and its oracle is that of u in
+    fp64, unrounded. So that head's budgets hold, with what u may err by as their slack, and go on
+    through u to hidden and A by absolute values.
     """
     transform = {k: v for k, v in options.items() if k != "workspace_bytes"}
     whole = peaked_head(n, d + r, v, dtype=dtype, bias=bias, ignored=ignored)
@@ -289,44 +294,54 @@ def assert_adapter_close(
     logps, found = result if stats else (result, None)
     d_hidden, d_a, d_b = torch.autograd.grad(logps, (hidden, a, b), whole.grad.to(logps.dtype))
 
-    scaled = (scaling * a.detach()).to(dtype)
-    u = torch.nn.functional.linear(hidden.detach(), scaled)
+    half, wide_half = ULP[dtype] / 2, ULP[_wide(dtype)] / 2
+    least = torch.finfo(dtype).tiny * ULP[dtype]  # the smallest subnormal
+    h, steep = hidden.detach().double(), scaling * a.detach().double()
+    h = h.masked_fill((whole.targets == -100)[:, None], 0)
+    u = h @ steep.mT
+    # u is a sum in fp32, whose partial sums are at most |h| |A| (Cauchy and Schwarz), scaled, then
+    # held in one number, or of 16 bits in two: the second is half an ulp of the first, and rounded.
+    held = half if dtype.itemsize > 2 else half * half
+    u_error = wide_half * (2 * h.norm(dim=1)[:, None] * steep.norm(dim=1) + u.abs())
+    u_error += held * u.abs() + least
     joined = Head(
-        torch.cat([hidden.detach(), u], 1), whole.weight, whole.targets, whole.bias, whole.grad
-    )
+        torch.cat([hidden.detach().double(), u], 1), whole.weight.double(), whole.targets,
+        whole.bias, whole.grad, u_error @ b.detach().double().abs().amax(0),
+    )  # fmt: skip
     assert_logps_close(joined, logps.detach(), **transform)
     if found is not None:
         assert_stats_close(joined, found, **transform)
     oracle, plain = exact(joined, **transform), exact(joined, _wide(dtype), **transform)
     budgets = grad_budgets(joined, oracle, plain, e_ulp=e_ulp, **transform)
-    half = ULP[dtype] / 2
     # d hidden of [hidden, u] is rounded twice in its dtype, then again as part of a sum or result;
     # sums over r or N of products of such numbers err by as many fp32 roundings.
-    slack = budgets["d_hidden"] + 3 * half * oracle.d_hidden.abs()
+    slope = abs(transform.get("scale", 1.0)) / transform.get("temperature", 1.0)
+    g = slope * whole.grad.double().abs().masked_fill(whole.targets == -100, 0)[:, None]
+    slack = budgets["d_hidden"] + 3 * half * oracle.d_hidden.abs() + least * (1 + g)
     of_h, of_u = oracle.d_hidden.split([d, r], 1)
     slack_h, slack_u = slack.split([d, r], 1)
-    sums = (n + r) * ULP[_wide(dtype)] / 2
-    steep, h = scaled.double(), hidden.detach().double()
-    h = h.masked_fill((whole.targets == -100)[:, None], 0)
+    sums = (n + r) * wide_half
     through = of_u @ steep
     rough = half + sums
+    # |dB| <= sum of |g| 2 (1 - p_y) |u|, so u's error counts by as much; once it is rounded itself.
+    of_b = oracle.d_weight[:, d:]
+    c = g * 2 * -torch.expm1(oracle.logps)[:, None]
     expected = {
         "hidden": (d_hidden, of_h + through, slack_h + slack_u @ steep.abs()
                    + rough * (of_u.abs() @ steep.abs() + of_h.abs() + through.abs())),
         "A": (d_a, scaling * (of_u.mT @ h), abs(scaling) * (
             slack_u.mT @ h.abs() + (rough + 2 * half) * (of_u.abs().mT @ h.abs()))),
-        "B": (d_b, oracle.d_weight[:, d:], budgets["d_weight"][:, d:]
-              + half * oracle.d_weight[:, d:].abs()),
+        "B": (d_b, of_b, budgets["d_weight"][:, d:] + (c * u_error).sum(0) + half * of_b.abs()),
     }  # fmt: skip
     for name, (got, want, allowed) in expected.items():
         assert got.dtype == dtype
-        worst = _worst((got.double() - want).abs() / (allowed + torch.finfo(dtype).tiny))
+        worst = _worst((got.double() - want).abs() / (allowed + least))
         assert worst <= 1, f"d {name} error is {worst:.2f} of its budget"
 
 
 def assert_stats_close(head: Head, stats: TokenStats, **transform) -> None:
     """The four statistics: errors scale with the log-probs' (entropy sums p log p, and so on)."""
-    oracle, plain = exact(head, **transform), exact(head, _wide(head.hidden.dtype), **transform)
+    oracle, plain = exact(head, **transform), exact(head, head.grad.dtype, **transform)
     budget = logps_budget(head, oracle, plain, **transform)
     for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
         got, want = getattr(stats, name), getattr(oracle.stats, name)
@@ -359,4 +374,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _half_ulp(head: Head) -> float:
-    return ULP[_wide(head.hidden.dtype)] / 2
+    return ULP[head.grad.dtype] / 2

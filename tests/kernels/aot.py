@@ -171,12 +171,12 @@ def small_entries(scope: str) -> Iterator[Entry]:
         )  # fmt: skip
         yield Entry(
             "dW operand" + tag, dw._dw_operand_kernel,
-            {"BLOCK_N": 4, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
+            {"BLOCK_N": 4, "BLOCK_K": 512, "ROUNDED": TYPES[dtype], "PARTS": 1 + full}
             | ({} if full else {"factor_ptr": None}), dtype=dtype,
         )  # fmt: skip
         yield Entry(
             "dW target rows" + tag, dw._target_rows_kernel,
-            {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype]}
+            {"BLOCK_R": 8, "BLOCK_K": 512, "ROUNDED": TYPES[dtype], "PARTS": 1 + full}
             | ({} if full else {"db_ptr": None}), dtype=dtype,
         )  # fmt: skip
         if full:

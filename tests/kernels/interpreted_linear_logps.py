@@ -204,6 +204,13 @@ def test_an_adapter(dtype, workspace):
     )  # fmt: skip
 
 
+def test_an_adapter_in_bf16(use):
+    use(VARIANTS["library"])
+    assert_adapter_close(
+        op, 33, 24, 130, 5, dtype=torch.bfloat16, ignored=0.1, e_ulp=E_ULP[torch.bfloat16]
+    )
+
+
 def test_an_adapter_through_descriptors(use):
     use(VARIANTS["persistent"])
     assert_adapter_close(

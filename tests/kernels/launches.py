@@ -20,6 +20,7 @@ from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import linear_logps_triton_job as jobs
 from fastdpo_kernels import preference_loss_triton as preference
 from fastdpo_kernels import tiles
+from fastdpo_kernels.impls import adapter_parts
 from fastdpo_kernels.linear_logps_triton_math import Logits
 
 
@@ -70,12 +71,13 @@ def forward_and_backward(
 ) -> None:
     """`r`: the rank of an adapter; 0: none. `dw`: not the bias alone is trained."""
     d, v = 64, 1000
-    hidden, weight = torch.randn(n, d + r).to(dtype), torch.randn(v, d).to(dtype)
+    width = d + adapter_parts(dtype) * r
+    hidden, weight = torch.randn(n, width).to(dtype), torch.randn(v, d).to(dtype)
     targets = torch.randint(0, v, (n,))
     bias = torch.randn(v).to(dtype) if full else None
     logits = Logits.of(bias, 3.0 if full else None, 1.0, 1.0)
     stats = ("entropy",) if full else ()
-    matrix = jobs.matrix_of(weight, torch.randn(v, r) if r else None)
+    matrix = jobs.matrix_of(weight, torch.randn(v, r) if r else None, dtype)
     job = jobs.Job(hidden, dtype, matrix, logits, stats, grad, dw, True, kept, device)
     plan = planned(job, "hidden" if grad else "sums", workspace)
     saved = driver.run_forward(job, targets, -100, plan).saved

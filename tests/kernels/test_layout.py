@@ -48,16 +48,20 @@ def test_directions():
     """An op's file sees impls, late, reference and its own parts, its implementations when it runs;
     ops do not see each other, `linear_dpo_loss` aside; an implementation never sees its op."""
     seen = {p.stem: {n for n, relative in imports(p) if relative} for p in PACKAGE.glob("*.py")}
-    parts = {"linear_logps_call", "linear_logps_graph", "linear_logps_targets"}
+    parts = {
+        "linear_logps_call", "linear_logps_graph", "linear_logps_lora", "linear_logps_targets"
+    }  # fmt: skip
     assert seen["linear_logps"] == {"impls", "late", "reference"} | parts
     assert seen["preference_loss"] == {"impls", "late", "reference", "preference_loss_check"}
     assert seen["preference_loss_check"] == {"checks", "impls", "late"}
-    assert seen["linear_logps_graph"] == {"impls", "late"} | (parts - {"linear_logps_graph"})
+    others = {"linear_logps_call", "linear_logps_targets"}
+    assert seen["linear_logps_graph"] == {"impls", "late"} | others
     part_of = {"linear_logps_eager", "linear_logps_torch_gemm"}  # their is_tiny, ieee_matmul
     assert seen["linear_logps_call"] == {"checks", "impls"} | part_of
+    assert seen["linear_logps_lora"] == {"impls"} | others
     assert seen["linear_logps_targets"] == {"late"}
     assert seen["linear_dpo_loss"] == {"linear_logps", "preference_loss"} | (
-        parts - {"linear_logps_graph"}
+        parts - {"linear_logps_graph", "linear_logps_lora"}
     )
     assert (
         seen["reference"] == {"impls"} and seen["impls"] == seen["late"] == seen["checks"] == set()
@@ -70,7 +74,7 @@ def test_directions():
 def test_importing_it_loads_no_triton():
     """Kernels are loaded when they run: a CPU user never waits for a compiler."""
     lazily = [p.stem for p in PACKAGE.glob("*.py") if "_triton" in p.stem]
-    parts = ("linear_logps_call", "linear_logps_eager", "linear_logps_graph")
+    parts = tuple(f"linear_logps_{part}" for part in ("call", "eager", "graph", "lora"))
     for stem in ("__init__", "checks", "impls", "late", "reference", *parts, *OPS):
         for name, _ in imports(PACKAGE / f"{stem}.py"):
             assert name.split(".")[0] != "triton" and name not in lazily

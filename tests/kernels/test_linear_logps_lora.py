@@ -38,6 +38,39 @@ def test_edges(n):
     assert_adapter_close(op, n, 1, 2, 1)
 
 
+def rounding(hidden, weight, targets, *, lora, **options):
+    """With the inner product rounded to one number in the dtype of `hidden`, as layers do."""
+    a, b, scaling = lora
+    inner = torch.nn.functional.linear(hidden, (scaling * a).to(hidden.dtype))
+    joined = torch.cat([weight, b], 1)
+    return linear_logps(torch.cat([hidden, inner], 1), joined, targets, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_budget_sees_a_rounded_inner_product(dtype):
+    with pytest.raises(AssertionError, match="log-prob error"):
+        assert_adapter_close(rounding, 129, 65, 1025, 5, dtype=dtype)
+
+
+@pytest.mark.parametrize("tiny", [False, True], ids=["torch", "eager"])
+def test_a_response_of_256_tokens_errs_below_a_milli_nat(tiny, monkeypatch):
+    """DESIGN's bar, against fp64, where the adapter moves logits by 0.6."""
+    if tiny:
+        monkeypatch.undo()
+    head = peaked_head(512, 256, 2049, dtype=torch.bfloat16)
+    rng = torch.Generator().manual_seed(0)
+    a = (torch.randn(16, 256, generator=rng) / 16).bfloat16()
+    b = (0.05 * torch.randn(2049, 16, generator=rng)).bfloat16()
+    wide = [t.double() for t in (head.hidden, head.weight, a, b)]
+    want = linear_logps(*wide[:2], head.targets, lora=(wide[2], wide[3], 2.0), impl="reference")
+
+    def error(op) -> float:
+        logps = op(head.hidden, head.weight, head.targets, lora=(a, b, 2.0))
+        return (logps - want).view(2, 256).sum(1).abs().max().item()
+
+    assert error(linear_logps) < 1e-3 < error(rounding)
+
+
 def case(n: int = 30, d: int = 16, v: int = 101, r: int = 4, dtype: torch.dtype = torch.float64):
     head = peaked_head(n, d, v, dtype=dtype, ignored=0.2)
     a, b = torch.randn(r, d, dtype=dtype), torch.randn(v, r, dtype=dtype)

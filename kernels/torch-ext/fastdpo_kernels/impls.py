@@ -82,6 +82,12 @@ def is_factored(rounded: torch.dtype) -> bool:
     return rounded == torch.float16
 
 
+def adapter_parts(rounded: torch.dtype) -> int:
+    """Numbers of this dtype that hold an adapter's inner product: 16 bits take a second one, the
+    rounding error of the first."""
+    return 2 if rounded.itemsize == 2 else 1
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is looking at the tensor, or the older vmap
     behind `is_grads_batched` and `jacobian(vectorize=True)`."""

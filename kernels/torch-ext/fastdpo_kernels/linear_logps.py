@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .impls import TokenStats, has_tangent, is_transformed
 from .late import raise_late
 from .linear_logps_call import BATCHED, FORWARD, Call, Lora, check, scale_rows
 from .linear_logps_graph import linear_logps_in_graph
+from .linear_logps_lora import beside_adapter
 from .linear_logps_targets import check_targets, outside
 from .reference import linear_logps_reference
 
@@ -96,8 +96,8 @@ def linear_logps(
         bias: [V].
         lora: (A [r, D], B [V, r], scaling), an adapter on the head: hidden @ weight.T becomes
             hidden @ weight.T + scaling * (hidden @ A.T) @ B.T. `weight` is frozen then. The inner
-            product [N, r] is rounded to the dtype of `hidden`, as an operand is; beside it, three
-            more copies of `hidden` are alive between forward and backward.
+            product [N, r] is summed in fp32 and, in 16 bits, held in two numbers; one copy of
+            `hidden` beside it is alive between forward and backward.
         softcap, scale, temperature: the transform above; `softcap` and `temperature` are positive.
         stats: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"; then a `TokenStats`
             comes back too.
@@ -137,7 +137,8 @@ def linear_logps(
         return _reference(hidden.to(rounded), weight, targets, bias, lora, stats, transform)
     adapter = None
     if lora is not None:
-        hidden, adapter = _beside_adapter(hidden, targets, lora, rounded, ignore_index)
+        a, adapter, scaling = lora
+        hidden = beside_adapter(hidden, a, targets, rounded, float(scaling), ignore_index)
     trained = weight if adapter is None else adapter
     grad_on = torch.is_grad_enabled()
     call = Call(
@@ -200,18 +201,6 @@ def _reference(
             for name, value in found.items()
         }
     return (logps, TokenStats(**found)) if stats else logps
-
-
-def _beside_adapter(
-    hidden: Tensor, targets: Tensor, lora: Lora, rounded: torch.dtype, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """[hidden, scaling * hidden @ A.T] [N, D + r], and B: the head is then [weight, B]."""
-    a, b, scaling = lora
-    with torch.autocast(hidden.device.type, enabled=False):
-        # What ignored rows hold must not reach the gradient of A.
-        rows = hidden.to(rounded).masked_fill((targets == ignore_index)[:, None], 0)
-        inner = F.linear(rows, (scaling * a).to(rounded))
-    return torch.cat([rows, inner], 1), b
 
 
 class _LinearLogps(torch.autograd.Function):

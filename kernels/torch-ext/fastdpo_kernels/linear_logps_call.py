@@ -85,7 +85,7 @@ class Call:
         keep: bool,
     ) -> ForwardResult:
         """`keep`: the exponentials may stay for `weight_grad`, where the workspace has room."""
-        with _undisturbed(hidden.device):
+        with undisturbed(hidden.device):
             return self._module.forward(
                 hidden.detach(),
                 weight.detach(),
@@ -113,7 +113,7 @@ class Call:
         grad_logps: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         """dW [V, D], or the adapter's [V, r], and db [V]; None for what was not asked for."""
-        with _undisturbed(hidden.device):
+        with undisturbed(hidden.device):
             return self._module.weight_grad(
                 hidden.detach(),
                 weight.detach(),
@@ -144,7 +144,7 @@ class Call:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast, no fp32 products in a lower precision."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), ieee_matmul(device):
         yield

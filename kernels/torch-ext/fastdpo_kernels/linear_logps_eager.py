@@ -54,7 +54,7 @@ def is_tiny(
 ) -> bool:
     """Whether this is the way to go, and fits: six matrices [N, V], and copies of the operands.
 
-    `joined`: an adapter [V, r] stands beside `weight`, and `hidden` is [N, D + r].
+    `joined`: an adapter [V, r] stands beside `weight`, and `hidden` is as wide as both.
     """
     (n, d), v = hidden.shape, weight.shape[0]
     if hidden.device.type == "cuda":
@@ -271,8 +271,8 @@ def weight_grad(
     grad = db = None
     if need_weight_grad:
         trained = weight if adapter is None else adapter
-        h = hidden[:, hidden.shape[1] - trained.shape[1] :].to(rounded).to(d_logit.dtype)
-        scaled = (h * g[:, None]).masked_fill_(ignored[:, None], 0)
+        head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
+        scaled = (head.met(hidden.to(rounded)) * g[:, None]).masked_fill_(ignored[:, None], 0)
         grad = (d_logit.mT @ scaled).to(trained.dtype)
     if bias is not None and need_bias_grad:
         db = (d_logit.mT @ g.masked_fill(ignored, 0)).to(bias.dtype)

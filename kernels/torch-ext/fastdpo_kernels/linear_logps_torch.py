@@ -110,7 +110,8 @@ def forward(
     """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
 
     Operands are rounded to `rounded`, tile by tile, and so is the gradient of `hidden`. With an
-    `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for `weight_grad`.
+    `adapter` [V, r], `hidden` is what `beside_adapter` returns. `keep`: E may stay for
+    `weight_grad`.
     """
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
@@ -207,7 +208,6 @@ def weight_grad(
     n, v = len(hidden), weight.shape[0]
     head = Head(weight, adapter, bias, softcap, scale, temperature, rounded)
     trained = weight if adapter is None else adapter
-    first = head.width - trained.shape[1]  # the column of hidden that meets its first
     grad = bias_grad = None
     if need_weight_grad:
         grad = torch.empty_like(trained, memory_format=torch.contiguous_format)
@@ -239,7 +239,7 @@ def weight_grad(
                 y = targets[r0:r1].masked_fill(skip, 0)
                 put_target(tile, y - v0, target_e[r0:r1])
             if total is not None:
-                scaled = h[:, first:].to(head.dtype).mul(k[:, None])
+                scaled = head.met(h).mul(k[:, None])
                 if head.halves and head.rounded == torch.bfloat16:
                     accumulate(head, total, tile.mT, scaled.to(head.rounded))
                 else:  # fp16 has no room for small gradients: fp32

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .impls import adapter_parts
 from .linear_logps_torch_gemm import has_onednn, onednn_product
 
 ROWS, COLS = 1024, 2048  # the largest tile; CPU GEMMs gain nothing from a larger one
@@ -22,7 +23,8 @@ BITS, NATS = 1 / math.log(2), math.log(2)  # in a nat; in a bit
 class Head:
     """Weight [V, D], bias [V], and the logit transform of a = h W^T + b.
 
-    With an `adapter` [V, r] the matrix is [W, adapter], [V, D + r], joined tile by tile.
+    With an `adapter` [V, r] the matrix is [W, adapter], joined tile by tile, or [W, adapter,
+    adapter] where `hidden` has its product with A in two parts.
     """
 
     weight: Tensor
@@ -40,9 +42,9 @@ class Head:
 
     @property
     def width(self) -> int:
-        """Columns of hidden: D, or D + r."""
-        extra = 0 if self.adapter is None else self.adapter.shape[1]
-        return self.weight.shape[1] + extra
+        """Columns of hidden: D, or D + r, or D + 2 r."""
+        r = 0 if self.adapter is None else self.adapter.shape[1]
+        return self.weight.shape[1] + adapter_parts(self.rounded) * r
 
     @property
     def slope(self) -> float:
@@ -68,7 +70,16 @@ class Head:
         rows = self.operand(self.weight[index])
         if self.adapter is None:
             return rows
-        return torch.cat([rows, self.operand(self.adapter[index])], 1)
+        adapter = self.operand(self.adapter[index])
+        return torch.cat([rows, *[adapter] * adapter_parts(self.rounded)], 1)
+
+    def met(self, h: Tensor) -> Tensor:
+        """The columns of `h` that meet what is trained, the weight or the adapter, in `dtype`."""
+        if self.adapter is None:
+            return h.to(self.dtype)
+        d, r = self.weight.shape[1], self.adapter.shape[1]
+        first = h[:, d : d + r].to(self.dtype)
+        return first if h.shape[1] == d + r else first + h[:, d + r :].to(self.dtype)
 
     def rows(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Matrix [w, D] and bias [w] of some columns of the logits."""

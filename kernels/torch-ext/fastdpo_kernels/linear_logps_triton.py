@@ -59,11 +59,13 @@ def forward(
 ) -> ForwardResult:
     """`hidden` [N, D], `weight` [V, D], `targets` [N]; see `impls.ForwardResult`.
 
-    With an `adapter` [V, r], `hidden` is [N, D + r]. `keep`: E may stay for `weight_grad`.
+    With an `adapter` [V, r], `hidden` is what `beside_adapter` returns. `keep`: E may stay for
+    `weight_grad`.
     """
     head_grad = need_weight_grad or need_bias_grad
     job = Job(
-        hidden, rounded, matrix_of(weight, adapter), Logits.of(bias, softcap, scale, temperature),
+        hidden, rounded, matrix_of(weight, adapter, rounded),
+        Logits.of(bias, softcap, scale, temperature),
         stats, need_hidden_grad, need_weight_grad, head_grad, head_grad and keep, device_of(hidden),
     )  # fmt: skip
     work = "hidden" if need_hidden_grad else "sums"
@@ -107,7 +109,8 @@ def weight_grad(
     same with a column of ones as H: sums of E's columns, which take no GEMM.
     """
     job = Job(
-        hidden, rounded, matrix_of(weight, adapter), Logits.of(bias, softcap, scale, temperature),
+        hidden, rounded, matrix_of(weight, adapter, rounded),
+        Logits.of(bias, softcap, scale, temperature),
         (), False, need_weight_grad, True, len(saved) == 3, device_of(hidden),
     )  # fmt: skip
 
@@ -213,7 +216,7 @@ def run_weight_grad(
     kept = rest[0] if rest else None
     n, d, v = job.n, job.d_trained, job.v
     hidden, bias = job.hidden, job.logits.bias
-    of_trained = hidden[:, job.d - d :]  # the columns that it meets
+    of_trained = job.matrix.met(hidden)
 
     def vectors(start: int, end: int) -> tuple[Tensor, Tensor]:
         """The target (-1: none) and slope * g, 0 where there is none, of some rows."""

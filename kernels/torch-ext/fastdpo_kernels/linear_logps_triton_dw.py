@@ -29,11 +29,12 @@ def _dw_operand_kernel(
     stride_hidden,
     stride_hidden_k,
     ROUNDED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """hidden, rounded as it was multiplied, times a factor per row, in the dtype of the GEMM; 0
-    where there is no target, NaN or not."""
+    where there is no target, NaN or not. PARTS: hidden [n_rows, PARTS * D] is a sum of so many."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_ok = rows < n_rows
@@ -42,6 +43,11 @@ def _dw_operand_kernel(
     k_at = ks.to(tl.int64)[None, :] * stride_hidden_k
     at = hidden_ptr + rows[:, None] * stride_hidden + k_at
     h = tl.load(at, mask=has[:, None] & inside, other=0.0).to(ROUNDED)
+    if PARTS == 2:
+        low = tl.load(
+            at + tl.full((), D, tl.int64) * stride_hidden_k, mask=has[:, None] & inside, other=0.0
+        )
+        h = h.to(tl.float32) + low.to(tl.float32)
     if factor_ptr is not None:
         h = h.to(tl.float32) * tl.load(factor_ptr + rows, mask=has, other=0.0)[:, None]
     out = out_ptr + rows[:, None] * D + ks[None, :]
@@ -61,6 +67,7 @@ def _target_rows_kernel(
     stride_hidden,
     stride_hidden_k,
     ROUNDED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -87,6 +94,10 @@ def _target_rows_kernel(
                 h_at = hidden_ptr + row[:, None] * stride_hidden + k_at
                 h = tl.load(h_at, mask=same[:, None] & inside[None, :], other=0.0)
                 h = h.to(ROUNDED).to(tl.float32)
+                if PARTS == 2:
+                    low_at = h_at + tl.full((), D, tl.int64) * stride_hidden_k
+                    low = tl.load(low_at, mask=same[:, None] & inside[None, :], other=0.0)
+                    h += low.to(tl.float32)
                 total += tl.sum(h * c[:, None], 0)
             bias_total += tl.sum(c, 0)
             at += BLOCK_R
@@ -132,12 +143,12 @@ def _column_sums_kernel(
 def dw_operand(
     hidden: Tensor, target: Tensor, factor: Tensor | None, out: Tensor, rounded: torch.dtype
 ) -> None:
-    """out [n, D] = factor * hidden, 0 where there is no target."""
-    n, d = hidden.shape
+    """out [n, D] = factor * hidden, 0 where there is no target; hidden may be in parts."""
+    n, d = out.shape
     block = width(d, 512)
     _dw_operand_kernel[(triton.cdiv(n, 4), triton.cdiv(d, block))](
         hidden, target, factor, out, n, d, *hidden.stride(), ROUNDED=_TYPES[rounded],
-        BLOCK_N=4, BLOCK_K=block, num_warps=4, **FUSE,
+        PARTS=hidden.shape[1] // d, BLOCK_N=4, BLOCK_K=block, num_warps=4, **FUSE,
     )  # fmt: skip
 
 
@@ -150,11 +161,13 @@ def add_target_rows(
     rounded: torch.dtype,
 ) -> None:
     """dW[target_n] += coefficient_n hidden_n (db likewise): sorted, one writer per row of dW."""
-    (n, d), block = hidden.shape, width(hidden.shape[1], 512)
+    n, d = len(hidden), hidden.shape[1] if dw is None else dw.shape[1]
+    block = width(d, 512)
     ordered, order = target.sort(stable=True)
     _target_rows_kernel[(n, 1 if dw is None else triton.cdiv(d, block))](
         ordered, order, coefficient, hidden, dw, db, n, d, *hidden.stride(),
-        ROUNDED=_TYPES[rounded], BLOCK_R=8, BLOCK_K=block, num_warps=4, **FUSE,
+        ROUNDED=_TYPES[rounded], PARTS=hidden.shape[1] // d,
+        BLOCK_R=8, BLOCK_K=block, num_warps=4, **FUSE,
     )  # fmt: skip
 
 

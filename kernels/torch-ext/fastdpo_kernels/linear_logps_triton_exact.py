@@ -44,7 +44,7 @@ OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": MOST_REGISTERS}
 @triton.jit
 def _products(
     hidden_ptr, weight_ptr, adapter_ptr, rows, row_ok, cols, V, D,
-    stride_hidden, d_weight, stride_weight, stride_weight_k, stride_adapter,
+    stride_hidden, d_weight, d_adapter, stride_weight, stride_weight_k, stride_adapter,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -55,7 +55,7 @@ def _products(
         h = tl.load(at, mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
         w = matrix_at(
             weight_ptr, adapter_ptr, w_rows[None, :], ks[:, None],
-            (cols < V)[None, :] & (ks < D)[:, None], d_weight,
+            (cols < V)[None, :] & (ks < D)[:, None], d_weight, d_adapter,
             stride_weight, stride_weight_k, stride_adapter, h.dtype,
         )  # fmt: skip
         acc = tl.dot(h, w, acc, input_precision="ieee")
@@ -89,6 +89,7 @@ def _exact_sums_kernel(
     D,
     stride_hidden,
     d_weight,
+    d_adapter,
     stride_weight,
     stride_weight_k,
     stride_adapter,
@@ -118,7 +119,7 @@ def _exact_sums_kernel(
                 cols = first + tl.arange(0, BLOCK_V)
                 product = _products(
                     hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
-                    stride_hidden, d_weight, stride_weight, stride_weight_k,
+                    stride_hidden, d_weight, d_adapter, stride_weight, stride_weight_k,
                     stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                 )  # fmt: skip
                 z, _ = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
@@ -169,6 +170,7 @@ def _exact_rows_kernel(
     D,
     stride_hidden,
     d_weight,
+    d_adapter,
     stride_weight,
     stride_weight_k,
     stride_adapter,
@@ -245,7 +247,7 @@ def _exact_rows_kernel(
                     cols = first + tl.arange(0, BLOCK_V)
                     product = _products(
                         hidden_ptr, weight_ptr, adapter_ptr, rows, flag, cols, V, D,
-                        stride_hidden, d_weight, stride_weight, stride_weight_k,
+                        stride_hidden, d_weight, d_adapter, stride_weight, stride_weight_k,
                         stride_adapter, BLOCK_N, BLOCK_V, BLOCK_K,
                     )  # fmt: skip
                     z, flat = _logits_of(product, bias_ptr, cols, V, logit_scale, cap, SOFTCAP)
@@ -262,7 +264,7 @@ def _exact_rows_kernel(
                     if grad_ptr is not None:
                         w = matrix_at(
                             weight_ptr, adapter_ptr, cols.to(tl.int64)[:, None], ds[None, :],
-                            (cols < V)[:, None] & (ds < D)[None, :], d_weight,
+                            (cols < V)[:, None] & (ds < D)[None, :], d_weight, d_adapter,
                             stride_weight, stride_weight_k, stride_adapter,
                             hidden_ptr.dtype.element_ty,
                         )  # fmt: skip
@@ -274,8 +276,8 @@ def _exact_rows_kernel(
                     y = tl.maximum(target, 0).to(tl.int64)
                     inside = flag[:, None] & (ds < D)[None, :]
                     w = matrix_at(
-                        weight_ptr, adapter_ptr, y[:, None], ds[None, :], inside, d_weight,
-                        stride_weight, stride_weight_k, stride_adapter,
+                        weight_ptr, adapter_ptr, y[:, None], ds[None, :], inside,
+                        d_weight, d_adapter, stride_weight, stride_weight_k, stride_adapter,
                         hidden_ptr.dtype.element_ty,
                     ).to(tl.float32)  # fmt: skip
                     if FACTORED:

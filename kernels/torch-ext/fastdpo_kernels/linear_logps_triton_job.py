@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .impls import triton_interprets
+from .impls import adapter_parts, triton_interprets
 from .linear_logps_triton_gemm import describable, exp_gemm, exp_tile
 from .linear_logps_triton_math import Logits, Matrix
 from .linear_logps_triton_products import multiply
@@ -66,10 +66,10 @@ class Job:
         return _PARTIAL_FIELDS if self.stats else 1
 
 
-def matrix_of(weight: Tensor, adapter: Tensor | None) -> Matrix:
+def matrix_of(weight: Tensor, adapter: Tensor | None, rounded: torch.dtype) -> Matrix:
     if adapter is not None and adapter.stride(1) != 1:
         adapter = adapter.contiguous()
-    return Matrix(weight, adapter)
+    return Matrix(weight, adapter, 1 if adapter is None else adapter_parts(rounded))
 
 
 def problem_of(job: Job, work: str, workspace: int) -> Problem:

@@ -48,13 +48,15 @@ FUSE = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Matrix:
-    """What hidden [N, d] is multiplied with: W [V, D], or [W, adapter] [V, D + r] in two parts.
+    """What hidden [N, d] is multiplied with: W [V, D], or [W, adapter] [V, D + r], or [W, adapter,
+    adapter] for `parts` of 2.
 
     Rows of the adapter are contiguous.
     """
 
     weight: Tensor
     adapter: Tensor | None
+    parts: int
 
     @property
     def v(self) -> int:
@@ -70,11 +72,17 @@ class Matrix:
         return self.weight, self.adapter
 
     @property
-    def layout(self) -> tuple[int, int, int, int]:
-        """d_weight, stride_weight, stride_weight_k, stride_adapter of a kernel."""
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """d_weight, d_adapter, stride_weight, stride_weight_k, stride_adapter of a kernel."""
         row, column = self.weight.stride()
-        stride = 0 if self.adapter is None else self.adapter.stride(0)
-        return self.weight.shape[1], row, column, stride
+        r, stride = (
+            (0, 0) if self.adapter is None else (self.adapter.shape[1], self.adapter.stride(0))
+        )
+        return self.weight.shape[1], r, row, column, stride
+
+    def met(self, hidden: Tensor) -> Tensor:
+        """The columns of hidden that meet `trained`, `parts` times as many."""
+        return hidden if self.adapter is None else hidden[:, self.weight.shape[1] :]
 
 
 @dataclass(frozen=True)
@@ -137,12 +145,13 @@ def slope_at(z, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def matrix_at(
-    weight_ptr, adapter_ptr, rows, ks, mask, d_weight,
+    weight_ptr, adapter_ptr, rows, ks, mask, d_weight, d_adapter,
     stride_weight, stride_weight_k, stride_adapter, dtype: tl.constexpr,
 ):  # fmt: skip
     """[W, adapter] at `rows` x `ks`, int64 rows, in this dtype; 0 outside the mask.
 
-    W has `d_weight` columns, and all of them where there is no adapter.
+    W has `d_weight` columns, and all of them where there is no adapter; that has `d_adapter`, once
+    or twice.
     """
     inside = mask
     if adapter_ptr is not None:
@@ -151,6 +160,8 @@ def matrix_at(
     w = tl.load(at, mask=inside, other=0.0)
     w = w.to(dtype)
     if adapter_ptr is not None:
-        at = adapter_ptr + rows * stride_adapter + (ks - d_weight)
+        column = ks - d_weight
+        column = tl.where(column < d_adapter, column, column - d_adapter)
+        at = adapter_ptr + rows * stride_adapter + column
         w += tl.load(at, mask=mask & (ks >= d_weight), other=0.0).to(dtype)
     return w

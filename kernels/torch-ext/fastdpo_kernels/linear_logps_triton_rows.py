@@ -48,7 +48,7 @@ def _log1p(x):
 def _target_logits_kernel(
     hidden_ptr,  # [n_rows, D], rows contiguous
     weight_ptr,
-    adapter_ptr,  # [V, D - d_weight] or None
+    adapter_ptr,  # [V, d_adapter] or None
     bias_ptr,
     targets_ptr,  # [n_rows] int64
     target_ptr,  # out: [n_rows] int32, the target, -1 where there is none, -2 outside [0, V)
@@ -59,6 +59,7 @@ def _target_logits_kernel(
     D,
     stride_hidden,
     d_weight,
+    d_adapter,
     stride_weight,
     stride_weight_k,
     stride_adapter,
@@ -81,7 +82,7 @@ def _target_logits_kernel(
         at = hidden_ptr + rows[:, None] * stride_hidden + ks[None, :]
         h = tl.load(at, mask=mask, other=0.0)
         w = matrix_at(
-            weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
+            weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight, d_adapter,
             stride_weight, stride_weight_k, stride_adapter, h.dtype,
         )  # fmt: skip
         acc += h.to(tl.float32) * w.to(tl.float32)
@@ -183,7 +184,7 @@ def _row_sums_kernel(
 def _hidden_grad_kernel(
     product_ptr,  # [n_splits, n_rows, D] fp32: E @ W in parts
     weight_ptr,
-    adapter_ptr,  # [V, D - d_weight] or None
+    adapter_ptr,  # [V, d_adapter] or None
     target_ptr,
     z_ptr,
     share_ptr,
@@ -193,6 +194,7 @@ def _hidden_grad_kernel(
     n_splits,
     D,
     d_weight,
+    d_adapter,
     stride_weight,
     stride_weight_k,
     stride_adapter,
@@ -224,7 +226,7 @@ def _hidden_grad_kernel(
         product += tl.load(product_ptr + part + at, mask=mask, other=0.0)
     y = tl.maximum(target, 0).to(tl.int64)
     w = matrix_at(
-        weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight,
+        weight_ptr, adapter_ptr, y[:, None], ks[None, :], mask, d_weight, d_adapter,
         stride_weight, stride_weight_k, stride_adapter, out_ptr.dtype.element_ty,
     ).to(tl.float32)  # fmt: skip
     grad = at_y[:, None] * w - inverse[:, None] * product

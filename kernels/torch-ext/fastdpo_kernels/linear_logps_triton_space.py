@@ -46,8 +46,9 @@ def columns(matrix: Matrix, start: int, end: int, dtype: torch.dtype, space: Spa
     weight, adapter = matrix.weight[start:end], matrix.adapter
     if adapter is None:
         return operand(weight, dtype, space)
-    d = weight.shape[1]
-    joined = space.take((end - start, d + adapter.shape[1]), dtype)
+    d, r = weight.shape[1], adapter.shape[1]
+    joined = space.take((end - start, d + matrix.parts * r), dtype)
     joined[:, :d].copy_(weight)
-    joined[:, d:].copy_(adapter[start:end])
+    for part in range(matrix.parts):
+        joined[:, d + part * r : d + (part + 1) * r].copy_(adapter[start:end])
     return joined
