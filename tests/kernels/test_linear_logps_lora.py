@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdpo_kernels import linear_logps, linear_logps_call, linear_logps_torch_tiles
 from tests.kernels.linear_logps_cases import FLOATS, SMALL, TRANSFORMS, peak_bytes
@@ -148,6 +149,16 @@ def test_no_copy_of_the_weight():
     results = 7 * n * (d + r) * 4 + 2 * v * r * 4 + 24 * 8 * n
     peak = peak_bytes(step)
     assert peak <= workspace + results < v * d * 4
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_forward_mode_is_refused(which):
+    head, a, b = case()
+    with forward_ad.dual_level():
+        dual = [head.hidden, a, b]
+        dual[which] = forward_ad.make_dual(dual[which], torch.ones_like(dual[which]))
+        with pytest.raises(RuntimeError, match="forward"):
+            linear_logps(dual[0], head.weight, head.targets, lora=(dual[1], dual[2], 1.0))
 
 
 def test_refusals():

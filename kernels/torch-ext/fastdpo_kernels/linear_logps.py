@@ -138,6 +138,8 @@ def linear_logps(
     adapter = None
     if lora is not None:
         a, adapter, scaling = lora
+        if not torch.compiler.is_compiling() and any(map(has_tangent, (hidden, a))):
+            raise RuntimeError(FORWARD)  # what joins them would drop it
         hidden = beside_adapter(hidden, a, targets, rounded, float(scaling), ignore_index)
     trained = weight if adapter is None else adapter
     grad_on = torch.is_grad_enabled()
@@ -166,7 +168,7 @@ def _eager(
     bias: Tensor | None,
     adapter: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    if any(map(has_tangent, (hidden, weight, bias, adapter))):  # of an adapter's A, `hidden` has it
+    if any(map(has_tangent, (hidden, weight, bias, adapter))):
         raise RuntimeError(FORWARD)
     call = call.chosen(hidden, weight, adapter, tiny=True)
     check_targets(targets, weight.shape[0], call.ignore_index)
