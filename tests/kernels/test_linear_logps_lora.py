@@ -62,8 +62,10 @@ def test_a_response_of_256_tokens_errs_below_a_milli_nat(tiny, monkeypatch):
     rng = torch.Generator().manual_seed(0)
     a = (torch.randn(16, 256, generator=rng) / 16).bfloat16()
     b = (0.05 * torch.randn(2049, 16, generator=rng)).bfloat16()
-    wide = [t.double() for t in (head.hidden, head.weight, a, b)]
-    want = linear_logps(*wide[:2], head.targets, lora=(wide[2], wide[3], 2.0), impl="reference")
+    want = linear_logps(
+        head.hidden.double(), head.weight.double(), head.targets,
+        lora=(a.double(), b.double(), 2.0), impl="reference",
+    )  # fmt: skip
 
     def error(op) -> float:
         logps = op(head.hidden, head.weight, head.targets, lora=(a, b, 2.0))

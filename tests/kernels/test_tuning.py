@@ -10,6 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from fastdpo_kernels import linear_logps_triton_job, tiles, tuning
+from fastdpo_kernels.impls import adapter_parts
 from fastdpo_kernels.linear_logps_triton_math import Logits
 from fastdpo_kernels.tiles import Device, Gemm, Problem, Variant
 
@@ -299,10 +300,11 @@ def test_one_correction_of_a_small_workspace_is_enough():
     for d, v, rank, stats, dtype in itertools.product(
         (4, 64), (7, 700), (None, 3), ((), ("entropy",)), (torch.float32, torch.float16)
     ):
-        hidden, weight = torch.empty(100, d + (rank or 0), dtype=dtype), torch.empty(v, d)
+        width = d + adapter_parts(dtype) * (rank or 0)
+        hidden, weight = torch.empty(100, width, dtype=dtype), torch.empty(v, d)
         adapter = None if rank is None else torch.empty(v, rank)
         job = linear_logps_triton_job.Job(
-            hidden, dtype, linear_logps_triton_job.matrix_of(weight, adapter),
+            hidden, dtype, linear_logps_triton_job.matrix_of(weight, adapter, dtype),
             Logits.of(None, None, 1.0, 1.0), stats, need_hidden_grad=True, need_weight_grad=True,
             trained=True, kept=False, device=H200,
         )  # fmt: skip
