@@ -26,6 +26,7 @@ from fastdpo_kernels import linear_logps_triton_rows as rows
 from fastdpo_kernels import tiles
 from fastdpo_kernels.impls import STATS
 from fastdpo_kernels.linear_logps import linear_logps
+from fastdpo_kernels.linear_logps_triton_math import Matrix
 from fastdpo_kernels.tiles import Gemm, Variant
 from tests.kernels.interpreter import patch_once
 from tests.numerics import (
@@ -180,8 +181,8 @@ def test_gradients_of_rows_too_long_to_count():
         out = sparse(n, d, dtype=torch.float16)
         launch(
             rows._hidden_grad_kernel, (1, 1),
-            product, weight, None, target, z, share, inverse, out, n, splits, d, d, 16, 1, 0,
-            1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False, FACTORED=False,
+            product, weight, None, target, z, share, inverse, out, n, splits, d,
+            *Matrix(weight, None).layout, 1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False, FACTORED=False,
         )  # fmt: skip
         return out[:, :columns].clone()
 
@@ -212,7 +213,7 @@ def test_exact_sums_of_splits_far_apart(monkeypatch):
     many = interpreter.TensorHandle(numpy.array([2**30], numpy.int32), tl.int32)
     monkeypatch.setattr(builder, "create_get_num_programs", lambda self, axis: many)
     blocks = exact_kernels.BLOCKS[4] | {"SOFTCAP": False}
-    layout = (d, d, d, 1, 0)
+    layout = (d, *Matrix(weight, None).layout)
 
     def results(n_rows: int) -> list[Tensor]:
         scratch = sparse(exact_kernels.FIELDS, splits, n_rows, dtype=torch.float32)
