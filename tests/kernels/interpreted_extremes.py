@@ -182,7 +182,8 @@ def test_gradients_of_rows_too_long_to_count():
         launch(
             rows._hidden_grad_kernel, (1, 1),
             product, weight, None, target, z, share, inverse, out, n, splits, d,
-            *Matrix(weight, None).layout, 1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False, FACTORED=False,
+            *Matrix(weight, None, 1).layout, 1.0, 1.0, BLOCK_N=n, BLOCK_K=columns, SOFTCAP=False,
+            FACTORED=False,
         )  # fmt: skip
         return out[:, :columns].clone()
 
@@ -213,7 +214,7 @@ def test_exact_sums_of_splits_far_apart(monkeypatch):
     many = interpreter.TensorHandle(numpy.array([2**30], numpy.int32), tl.int32)
     monkeypatch.setattr(builder, "create_get_num_programs", lambda self, axis: many)
     blocks = exact_kernels.BLOCKS[4] | {"SOFTCAP": False}
-    layout = (d, *Matrix(weight, None).layout)
+    layout = (d, *Matrix(weight, None, 1).layout)
 
     def results(n_rows: int) -> list[Tensor]:
         scratch = sparse(exact_kernels.FIELDS, splits, n_rows, dtype=torch.float32)

@@ -18,7 +18,7 @@ from tests.kernels.interpreter import ROOT
 # divide by nothing (Triton 3.9). Heads have no such sizes; smaller tiles cost those they have.
 ALLOWED_ODD = ("sm80", "sm86")
 # 8 bytes: of a tile that is no default (fp32 takes the library's product; Triton 3.6), of what runs
-# where a row reached the clamp (Triton 3.6), and of an epilogue that 16 bits take if measured faster.
+# where a row reached the clamp (Triton 3.6), of an epilogue that 16 bits take if it is faster.
 ALLOWED = {
     ("sm80", "float32 scaled pointer 64x64x32"),
     ("sm80", "exact rows fp32 full"),
