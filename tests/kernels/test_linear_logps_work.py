@@ -174,6 +174,39 @@ def test_masked_vocabulary_through_an_infinite_bias(impl, grads):
     close(stats.entropy.double(), entropy)
 
 
+def test_the_entropy_of_rows_with_large_terms():
+    """The entropy comes from sum E h W^T, of terms of 2e4 where E reaches e^64 and more."""
+    n, d, v = 8, 64, 5000
+    rng = torch.Generator().manual_seed(0)
+    hidden = 0.1 * torch.randn(n, d, generator=rng)
+    weight = 0.1 * torch.randn(v, d, generator=rng)
+    hidden[:, 0] = weight[:, 0] = 2e4**0.5
+    hidden[:, 1] = 10
+    for spread in (5.0, 6.2, 7.5):  # the target's logp is about -10 spread
+        weight[:, 1] = -torch.linspace(0, spread, v)
+        head = Head(hidden, weight, torch.full((n,), v - 1), None, torch.ones(n))
+        _, stats = linear_logps(
+            hidden.clone().requires_grad_(), weight, head.targets, impl="torch", stats=("entropy",)
+        )
+        want = numerics.exact(head).stats.entropy
+        assert stats.entropy is not None and want is not None
+        # p log p of logits that are 64 roundings of 2e4 off at worst, 2e4 * 2^-24 each
+        torch.testing.assert_close(stats.entropy.double(), want, rtol=0, atol=64 * 2e4 * 2.0**-24)
+
+
+def test_squares_where_the_first_tiles_are_masked():
+    head = peaked_head(40, 16, 3000)
+    bias = torch.zeros(3000).index_fill(0, torch.arange(2100), -math.inf)
+    targets = head.targets.clamp(min=2100)
+    stats = linear_logps(
+        head.hidden, head.weight, targets, bias=bias, impl="torch", stats=("log_sum_sq_probs",)
+    )[1]
+    smaller = Head(head.hidden, head.weight[2100:], targets - 2100, None, head.grad)
+    want = numerics.exact(smaller).stats.log_sum_sq_probs
+    assert stats.log_sum_sq_probs is not None and want is not None
+    torch.testing.assert_close(stats.log_sum_sq_probs.double(), want, rtol=0, atol=40e-6)
+
+
 def test_strided_inputs():
     head = peaked_head(33, 24, 257)
     hidden = torch.stack([head.hidden, head.hidden], 2)[:, :, 1]  # stride 2 within a row
@@ -320,6 +353,17 @@ def test_peak_memory_is_the_workspace_and_the_results(trained, dtype, workspace_
     results = n * d * 2 * size + (v * d * size if trained else 0) + 24 * 8 * n
     assert peak_bytes(step) <= workspace_bytes + results
     assert workspace_bytes + results < n * v * 4  # less than one [N, V] of logits
+
+
+def test_a_bias_takes_no_further_tile():
+    n, d, v, workspace_bytes = 2048, 16, 700, 2 * 2**20
+    head = peaked_head(n, d, v, bias=True)
+
+    def step():
+        op = functools.partial(linear_logps, impl="torch", workspace_bytes=workspace_bytes)
+        op(head.hidden, head.weight, head.targets, bias=head.bias)
+
+    assert peak_bytes(step) <= workspace_bytes + 24 * 8 * n
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -35,7 +35,8 @@ from .linear_logps_torch_tiles import (
 )
 
 LOWEST = torch.finfo(torch.float32).min  # stands for a bias of -inf, where E = 0
-OVERFLOW = math.exp(80.0)  # of s_o in the frame r = z_y: logp < -80, and exp is near its end
+# Of s_o in the frame r = z_y: logp < -64, where products of E have 10 decimal digits of room left.
+OVERFLOW = math.exp(64.0)
 
 
 @dataclass(frozen=True)
@@ -331,8 +332,10 @@ def _fold(sums: _Sums, tile: Tensor, cap: Tensor | None, y: Tensor, v0: int, job
             at = tile[some].argmax(1) + v0
             sums.is_top1[some] |= better[some] & (at == y[some])
         if "log_sum_sq_probs" in stats:
-            squares = torch.sub(tile, sums.top[:, None]).mul_(2).exp2_().sum(1)
-            sums.squares.mul_((2 * (before - sums.top)).exp2()).add_(squares)
+            # Until a logit is finite the top is -inf, and -inf - (-inf) is no number.
+            lower, upper = before.clamp(min=LOWEST), sums.top.clamp(min=LOWEST)
+            squares = torch.sub(tile, upper[:, None]).mul_(2).exp2_().sum(1)
+            sums.squares.mul_((2 * (lower - upper)).exp2()).add_(squares)
     if "entropy" in stats and not job.entropy_by_grad:
         # A masked logit of -inf has E = 0 and must not make 0 * inf.
         distance = tile.clamp(min=-1e4)

@@ -127,9 +127,8 @@ def _affine(
     else:
         product = onednn_product(h, w, b)
     if product is None:
-        if b is not None:
-            start = torch.add(start, b, alpha=factor)
-        return torch.addmm(start, h, w.mT, alpha=factor, out=out)
+        out = torch.addmm(start, h, w.mT, alpha=factor, out=out)
+        return out if b is None else out.add_(b, alpha=factor)
     return torch.add(start, product, alpha=factor, out=product if out is None else out)
 
 
