@@ -34,7 +34,7 @@ FIELDS = 5  # of a split's partial results: max, sum e, sum e (z - max), sum z, 
 MOST_SPLITS = 16
 # By the bytes of an operand's element: blocks.
 BLOCKS = {
-    2: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 32},
+    2: {"BLOCK_N": ROWS, "BLOCK_V": 32, "BLOCK_K": 32},
     4: {"BLOCK_N": ROWS, "BLOCK_V": 64, "BLOCK_K": 16},
 }
 BLOCK_D = {2: 128, 4: 64}
