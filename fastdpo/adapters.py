@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -67,8 +68,8 @@ def _layers(given: list[float] | None) -> list[int] | None:
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """`model` with a new trainable adapter.
 
-    Raises `ModelError` for targets that match no module (with the candidates), for prompt
-    learning (it has no packed form), and for initialisations that rewrite the base weights.
+    Raises `ModelError` for targets that match no module (with the candidates) or a router, for
+    prompt learning (it has no packed form), and for initialisations that rewrite the base weights.
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(
@@ -83,9 +84,11 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         _check_targets(model, "lora_modules_to_save", peft_config.modules_to_save)
         _check_layers(model, peft_config)
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ModelError(f"PEFT can't add the adapter: {' '.join(str(error).split())}") from error
+    refuse_routers(adapted)
+    return adapted
 
 
 def refuse_prompt_learning(peft_config: PeftConfig) -> None:
@@ -94,6 +97,23 @@ def refuse_prompt_learning(peft_config: PeftConfig) -> None:
         raise ModelError(
             f"{getattr(peft_config.peft_type, 'value', peft_config.peft_type)} prepends virtual "
             "tokens, which packs with shared prompts can't hold; use LoRA, DoRA or full fine-tuning"
+        )
+
+
+def refuse_routers(model: PeftModel) -> None:
+    """Raises `ModelError` for LoRA on a router that is a linear layer by its class, as Llama 4's
+    and PhiMoE's are, and returns a tuple, which PEFT can't add to."""
+    kinds = {
+        name.removeprefix("base_model.model."): type(module.get_base_layer()).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    routers = [name for name, kind in kinds.items() if kind.endswith("Router")]
+    if routers:
+        others = sorted({name.rpartition(".")[2] for name in kinds.keys() - set(routers)})
+        raise ModelError(
+            f"lora_target_modules takes in {routers[0]}, a {kinds[routers[0]]}, whose result is a "
+            f"tuple that LoRA can't add to; name others, such as {', '.join(others) or 'o_proj'}"
         )
 
 

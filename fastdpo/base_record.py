@@ -19,8 +19,11 @@ BASE_FILE = "base.json"
 
 
 def record(base: PreTrainedModel) -> dict[str, Any]:
-    """Plain values: the name, the hub's commit (None of a folder), the dtype that it was loaded in
-    and transformers' quantization config (None where nothing is quantized)."""
+    """Plain values: the name, the hub's commit (None of a folder), the dtype that it was loaded in,
+    transformers' quantization config (None where nothing is quantized), and "fp8" where its linear
+    layers were turned into that (else None)."""
+    from .fp8 import Fp8Linear
+
     quantization = getattr(base.config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
@@ -30,6 +33,7 @@ def record(base: PreTrainedModel) -> dict[str, Any]:
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "quantization_config": quantization,
+        "base_precision": "fp8" if any(isinstance(m, Fp8Linear) for m in base.modules()) else None,
     }
 
 
@@ -41,6 +45,7 @@ def write(folder: Path, base: PreTrainedModel) -> None:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """What `write` wrote there; None where nothing is (another library's, or an older fastdpo's).
+    `base_precision` is None in older ones, which did not know of it.
 
     Raises `CheckpointError` where it can't be read.
     """
@@ -57,7 +62,7 @@ def read(folder: Path) -> dict[str, Any] | None:
             f"{str(path)!r}, which says how the base was loaded, can't be read ({error}); take it "
             "from a checkpoint of the same run, or delete it where the base was not quantized"
         ) from error
-    return found
+    return {"base_precision": None, **found}
 
 
 def load_options(of: dict[str, Any]) -> dict[str, Any]:

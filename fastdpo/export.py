@@ -117,7 +117,7 @@ def _save_merged(
     recorded = base_record.read(run)
     load = _load_options(run, base, options, recorded)
     saved = AutoConfig.from_pretrained(base, **load)
-    if options.get("base_precision") == "fp8":
+    if "fp8" in (options.get("base_precision"), (recorded or {}).get("base_precision")):
         raise ModelError(
             "the adapter was trained on a base in 8-bit floats (base_precision: fp8), whose scales "
             "are the run's own, so nothing is left to merge into; export without --merge"

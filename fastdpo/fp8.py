@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .batch import Pack
+from .body import layers_of
 from .errors import ConfigError, ModelError
-from .logps import decoder_of
 from .model import base_model, is_quantized
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,18 @@ def _check_can_use_fp8(model: nn.Module, device: torch.device) -> None:
         )
     if any(config.to_dict().get("use_dora") for config in model.peft_config.values()):
         raise ConfigError("'base_precision' fp8 and use_dora, which reads base weights: keep one")
+    _layers(model)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """Those of `model`'s decoder; `ModelError` where they don't stand in a list named so."""
+    layers = layers_of(base_model(model))
+    if layers is None:
+        raise ModelError(
+            f"'base_precision' fp8: {type(base_model(model)).__name__} has no list of layers to "
+            "convert; leave it out"
+        )
+    return layers
 
 
 @torch.no_grad()
@@ -144,9 +156,9 @@ def convert_layers(
     """Puts what `make` gives in the place of the frozen linear layers of `model`'s decoder, one by
     one. Returns the sizes (in, out) of those, and the names of others whose sizes do not allow it.
 
-    Raises `ModelError` where there is none.
+    Raises `ModelError` where there is none, or no list of layers.
     """
-    layers = decoder_of(base_model(model)).get_submodule("layers")
+    layers = _layers(model)
     replaced, skipped = [], []
     for parent_name, parent in list(layers.named_modules()):
         if any(part.startswith(_ADAPTERS) for part in parent_name.split(".")):
@@ -183,7 +195,7 @@ def use_fp8_base(
     width = base_model(model).dtype.itemsize
     replaced, skipped = convert_layers(model)
     n_bytes = (width - 1) * sum(n_in * n_out for n_in, n_out in replaced)
-    layers = decoder_of(base_model(model)).get_submodule("layers")
+    layers = _layers(model)
     how = "" if next(layers.parameters()).is_cuda else ", emulated on this device"
     logger.info("base: %d linear layers in fp8%s, %.3g GB less", len(replaced), how, n_bytes / 1e9)
     if skipped:

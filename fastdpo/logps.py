@@ -190,13 +190,15 @@ def prepare_packed_forward(
     logps_impl: str = "auto",
     workspace_bytes: int = 256 * 2**20,
     mode: str = "auto",
+    is_reference: bool = False,
 ) -> PackedForwardInfo:
     """Gives `model` (the base model, adapters may be in it) a forward that takes `pack=`.
 
     Sets the model's attention implementation. `mode="auto"` takes shared packs where the model
     computes them right, else unshared packs, else padded batches, and logs why; any other `mode`
-    is that or `ModelError`. Call it under the autocast that training will use. Leaves weights,
-    gradients, train/eval mode and random states as they were.
+    is that or `ModelError`. is_reference: `mode` is the policy's, which the error then goes by.
+    Call it under the autocast that training will use. Leaves weights, gradients, train/eval mode
+    and random states as they were.
     """
     from .probe import Probe  # probe.py measures what is defined above
 
@@ -229,7 +231,11 @@ def prepare_packed_forward(
     else:
         set_attention(model, own_attention)
         way_out = "" if mode == "auto" else "; packing_mode: auto takes what works"
-        raise ModelError(f"{type(model).__name__} can't do {_reason(failures)}{way_out}")
+        name = type(model).__name__
+        if is_reference:
+            name = f"the reference, {name},"
+            way_out = "" if mode == "padded" else "; set packing_mode: padded for both models"
+        raise ModelError(f"{name} can't do {_reason(failures)}{way_out}")
     probe.check_head(settings)
     model._fastdpo_own_attention = own_attention  # type: ignore[assignment]
     _bind(model, settings)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastdpo_kernels.impls import why_not_triton
 
-from .adapters import add_adapter, refuse_prompt_learning
+from .adapters import add_adapter, refuse_prompt_learning, refuse_routers
 from .batch import Pack
 from .body import apply_liger, check_cuda_graphs, compile_layers, wants_compile, wants_liger
 from .checkpointing import checkpoint_activations, checkpoint_kwargs
@@ -102,6 +102,7 @@ def prepare_models(
     elif isinstance(policy, PeftModel):
         for config in policy.peft_config.values():
             refuse_prompt_learning(config)
+        refuse_routers(policy)
     if is_quantized(base_model(policy)) and not isinstance(policy, PeftModel):
         raise ModelError("quantized weights can't be trained; pass peft_config (--use_peft)")
     _place(policy, args.device)
@@ -138,7 +139,9 @@ def prepare_models(
             apply_liger(base_model(reference.model))
         if packed.mode == "padded" != args.packing_mode:  # fallen back, to each model's own
             attention = None
-        packed_reference = _bind(reference.model, args, forward, packed.mode, attention)
+        packed_reference = _bind(
+            reference.model, args, forward, packed.mode, attention, is_reference=True
+        )
     with forward.autocast():
         router = make_router_loss(base_model(policy), args.router_aux_loss_coef)
     if router is not None:
@@ -211,7 +214,12 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 
 def _bind(
-    model: nn.Module, args: DPOConfig, forward: PackForward, mode: str, attention: str | None
+    model: nn.Module,
+    args: DPOConfig,
+    forward: PackForward,
+    mode: str,
+    attention: str | None,
+    is_reference: bool = False,
 ) -> PackedForwardInfo:
     workspace = args.logps_workspace_bytes
     if isinstance(workspace, str):  # auto: until there is a plan
@@ -227,4 +235,5 @@ def _bind(
             logps_impl=args.logps_impl,
             workspace_bytes=workspace,
             mode=mode,
+            is_reference=is_reference,
         )

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo import base_record
-from fastdpo.errors import CheckpointError, ConfigError, MissingPackageError
+from fastdpo.errors import CheckpointError, ConfigError, MissingPackageError, ModelError
 from fastdpo.export import export
 from tests.tiny import tiny_llama
 from tests.tiny_trainer import LORA, hidden_package, trainer
@@ -41,6 +41,7 @@ def test_a_run_in_python_leaves_a_record(run, tmp_path, caplog):
         "revision": None,  # of the hub alone
         "dtype": "bfloat16",
         "quantization_config": None,
+        "base_precision": None,
     }
     export(run, tmp_path / "a", merge=True, dtype=None)
     assert "no record" not in caplog.text
@@ -49,6 +50,24 @@ def test_a_run_in_python_leaves_a_record(run, tmp_path, caplog):
     (run / "base.json").unlink()  # an older fastdpo's, or another library's
     export(run, tmp_path / "b", merge=True, dtype=None)
     assert "so there is no record of how its base was loaded" in caplog.text
+
+
+def test_an_fp8_base_is_not_merged_wherever_it_is_saved(tmp_path):
+    """Its record says so, apart from the run's options; a record from before has no such line."""
+    tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="bfloat16")
+    lora = LoraConfig(**LORA)
+    made = trainer(tmp_path, model=model, peft_config=lora, max_steps=1, base_precision="fp8")
+    elsewhere = tmp_path / "elsewhere"
+    made.save_model(str(elsewhere))
+    with pytest.raises(ModelError, match=r"base in 8-bit floats .* export without --merge"):
+        export(elsewhere, tmp_path / "merged", merge=True, dtype=None)
+    export(elsewhere, tmp_path / "copy", merge=False, dtype=None)
+    record = json.loads((tmp_path / "copy" / "base.json").read_text())
+    assert record.pop("base_precision") == "fp8"
+    (elsewhere / "base.json").write_text(json.dumps(record))
+    found = base_record.read(elsewhere)
+    assert found is not None and found["base_precision"] is None
 
 
 def test_a_full_model_has_no_base(tmp_path):

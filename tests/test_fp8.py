@@ -11,6 +11,7 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.fp8 import FP8, Fp8Linear, _scaled_product, check_base_precision, quantize_rows
 
+from .families import by_name
 from .tiny import tiny_llama, tiny_pairs
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
@@ -139,6 +140,10 @@ def test_what_cannot_be_in_fp8_is_refused(tmp_path, monkeypatch) -> None:
     odd = tiny_llama(hidden_size=24, intermediate_size=40, num_key_value_heads=1, head_dim=8)
     with pytest.raises(ModelError, match="no frozen linear layer with sizes in steps of 16"):
         DPOTrainer(odd, args=config(tmp_path), train_dataset=pairs, peft_config=LORA)
+    fresh = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    gpt2 = by_name("GPT-2").build()
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no list of layers to convert; leave"):
+        DPOTrainer(gpt2, args=config(tmp_path), train_dataset=pairs, peft_config=fresh)
     dora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True)
     with pytest.raises(ConfigError, match="fp8 and use_dora"):
         DPOTrainer(tiny_llama(), args=config(tmp_path), train_dataset=pairs, peft_config=dora)

@@ -16,6 +16,7 @@ from benchmarks import bench_lora
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.body import compile_layers, compiled_graphs
 from fastdpo.checkpointing import checkpoint_activations
+from fastdpo.errors import ModelError
 from fastdpo.logps import prepare_packed_forward
 from fastdpo.lora import use_lean_lora
 from fastdpo.offload import OffloadActivations
@@ -542,3 +543,20 @@ def test_the_benchmark_counts_the_same(tmp_path) -> None:
         peft["operations"] - frozen["operations"]
     )
     assert all(row["x frozen"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_router_that_is_a_linear_layer_is_refused_by_name(tmp_path, ready) -> None:
+    """Llama 4's returns a tuple. Without it, the family trains."""
+    model, pairs = by_name("Llama 4").build(), tiny_pairs(4, vocab_size=80)
+    kwargs: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "router_aux_loss_coef": 0}
+    options = DPOConfig(output_dir=str(tmp_path / "run"), max_steps=1, **kwargs)
+    lora_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    given: dict[str, Any] = {"model": model, "peft_config": lora_config}
+    if ready:
+        given = {"model": get_peft_model(model, lora_config)}
+    with pytest.raises(ModelError, match=r"takes in model\.layers\.0\.\S*router, a Llama4Router"):
+        DPOTrainer(args=options, train_dataset=pairs, **given)
+    lora_config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    model = by_name("Llama 4").build()
+    DPOTrainer(model, args=options, train_dataset=pairs, peft_config=lora_config).train()

@@ -63,6 +63,21 @@ def test_a_reference_falls_back_with_its_policy(tmp_path):
 # ---- adapters as references -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["auto", "shared"])
+def test_a_reference_that_takes_no_packs_is_named_with_what_helps(tmp_path, mode):
+    pairs = tiny_pairs(8, vocab_size=80)
+
+    def train(packing_mode):
+        models = {"model": by_name("Llama 3").build(), "ref_model": by_name("StableLM").build()}
+        options = {"packing_mode": packing_mode, "max_steps": 1}
+        dpo_trainer(tmp_path, pairs=pairs, **models, **options).train()
+
+    with pytest.raises(ModelError, match="the reference, StableLmForCausalLM, can't do") as refused:
+        train(mode)
+    assert str(refused.value).endswith("; set packing_mode: padded for both models")
+    train("padded")
+
+
 def test_a_trained_adapter_needs_an_unambiguous_reference(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
     fresh = copy.deepcopy(model)
