@@ -1,16 +1,18 @@
 """What the decoder's layers cost as they are, compiled, as CUDA graphs, with liger's, and in fp8.
 
 `python -m benchmarks.bench_body`: forward and backward of four layers with LoRA on one pack, each
-variant over the layers as they are; what `compile`, `cuda_graphs` and `use_liger_kernel` should be
-by default is read off its table. Packs follow each other without waiting, as in a step, so that
-where the host can't keep up it shows. liger-kernel goes last: it replaces functions that all models
-call. Attention is included, embeddings and head are not. Writes JSON, prints a table.
+variant in turns with the layers as they are; what `compile`, `cuda_graphs` and `use_liger_kernel`
+should be by default is read off its table. Packs follow each other without waiting, as in a step,
+so that where the host can't keep up it shows. What liger-kernel replaces in transformers is there
+in its own turns alone. Attention is included, embeddings and head are not. Every variant is written
+to the JSON file before the next is made; prints a table.
 """
 
 import copy
 import importlib.util
 import sys
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,12 +29,13 @@ from fastdpo.logps import prepare_packed_forward
 from fastdpo.lora import use_lean_lora
 from fastdpo.model import base_model
 
-from . import ROOT
+from . import ROOT, end_on_sigterm
 from .bench_lora import Case, autocast, layers_of, make_pack, one_pass
 from .bench_train_step import reason_of
 from .harness import (
     BROKEN,
     Budget,
+    CudaIsBroken,
     Results,
     arguments,
     command_line,
@@ -45,11 +48,14 @@ from .harness import (
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
-VARIANTS = ("off", "layers", "graphs", "fp8", "liger")  # as it is first, liger last: see above
+VARIANTS = ("off", "layers", "graphs", "fp8", "liger")  # as it is first: the others turn with it
+# The least seconds to start one with; compiling takes the most. Estimates: unmeasured on a GPU.
+SECONDS_NEEDED = {"off": 15.0, "layers": 45.0, "graphs": 45.0, "fp8": 20.0, "liger": 20.0}
 COLUMNS = ("seconds", "x off", "paired", "differs", "first s", "graphs", "peak MiB")
 N_LAYERS = 4
 PASSES = 4  # packs between two looks at the clock
 LEAST_TURNS = 3  # however little time is left
+NO_PEAK = "graphs: no peak MiB, they replay in memory that was taken when they were recorded"
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
@@ -105,55 +111,120 @@ def some_passes(model: nn.Module, pack: Pack, case: Case, grad: Tensor, n: int) 
     return hidden
 
 
+class Replaced:
+    """What making layers replaces in their module of transformers, there inside `with` alone.
+
+    liger-kernel's rotary embedding and classes are; all models' layers look them up by name.
+    """
+
+    def __init__(self, module: types.ModuleType):
+        self.module = module
+        self.names: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self.plain = dict(vars(self.module))
+        for name, value in self.names.items():
+            setattr(self.module, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        now = vars(self.module)
+        self.names = {name: now[name] for name, of in self.plain.items() if now[name] is not of}
+        for name in self.names:
+            setattr(self.module, name, self.plain[name])
+
+
 class Measured:
-    """One variant: what its first pass took, and the seconds of those after."""
+    """One variant made, and what its first passes showed.
+
+    peak MiB: allocated by a pass. None for CUDA graphs: theirs is in a pool since they were
+    recorded, and a replay allocates nothing.
+    """
 
     def __init__(self, variant: str, lora: nn.Module, case: Case, pack: Pack, grad: Tensor):
-        device = pack.input_ids.device
+        self.pack, self.case, self.grad = pack, case, grad
+        self.device = pack.input_ids.device
+        self.replaced = Replaced(sys.modules[type(base_model(lora)).__module__])
+        with self.replaced:
+            self._first_passes(variant, lora)
+
+    def _first_passes(self, variant: str, lora: nn.Module) -> None:
+        pack, case, grad, device = self.pack, self.case, self.grad, self.device
         self.model = make(variant, lora, case, device)
-        self.seconds: list[float] = []
         graphs, began = compiled_graphs(), time.perf_counter()
         self.hidden = some_passes(self.model, pack, case, grad, 1).detach().clone()
         synchronize(device)
-        self.found: dict[str, float] = {
+        self.found: dict[str, float | None] = {
             "first s": time.perf_counter() - began,
             "graphs": compiled_graphs() - graphs,
+            "peak MiB": None,
         }
         some_passes(self.model, pack, case, grad, 2)  # graphs are recorded after the first
         self.model.zero_grad()
-        if device.type == "cuda":
+        if device.type == "cuda" and variant != "graphs":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             some_passes(self.model, pack, case, grad, 1)
             self.found["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            self.model.zero_grad()
 
-    def turn(self, pack: Pack, case: Case, grad: Tensor) -> None:
-        device = pack.input_ids.device
-        clock = time.perf_counter if device.type == "cuda" else time.process_time
-        synchronize(device)
-        began = clock()
-        some_passes(self.model, pack, case, grad, PASSES)
-        synchronize(device)
-        self.seconds.append((clock() - began) / PASSES)
+    def turn(self) -> float:
+        """Seconds of a pass; on a CPU those of all threads."""
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        with self.replaced:
+            synchronize(self.device)
+            began = clock()
+            some_passes(self.model, self.pack, self.case, self.grad, PASSES)
+            synchronize(self.device)
+            seconds = (clock() - began) / PASSES
         self.model.zero_grad()
+        return seconds
 
-    def row(self, off: "Measured") -> dict[str, float]:
-        """x off: of the fastest turns; paired: the median of ratios within a turn. differs: the
-        hidden states from those of the layers as they are, of their size."""
+    def row(self, off: "Measured", rounds: int, budget: Budget) -> dict[str, float | None]:
+        """After turns in which `off`, the layers as they are, goes first, or alone.
+
+        x off: of the fastest turns; paired: the median of ratios within a turn. differs: the hidden
+        states from those of the layers as they are, of their size.
+        """
+        ours: list[float] = []
+        theirs = ours if off is self else []
+        for turn in range(rounds):
+            if turn >= LEAST_TURNS and not budget.allows(1.0):
+                break
+            if off is not self:
+                theirs.append(off.turn())
+            ours.append(self.turn())
         exact = off.hidden.double()
         return {
-            "seconds": min(self.seconds),
-            "x off": min(self.seconds) / min(off.seconds),
-            "paired": median([a / b for a, b in zip(self.seconds, off.seconds, strict=False)]),
+            "seconds": min(ours),
+            "x off": min(ours) / min(theirs),
+            "paired": median([a / b for a, b in zip(ours, theirs, strict=True)]),
             "differs": float((self.hidden.double() - exact).norm() / exact.norm()),
             **self.found,
         }
 
 
 def measure(
-    case: Case, device: torch.device, rounds: int, budget: Budget
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Rows by variant, and what was left out. liger's turns follow those of the others."""
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    budget: Budget,
+    results: Results,
+    left_out: list[str],
+) -> None:
+    """Adds a row for each variant as soon as it is measured, a line for each that is left out.
+
+    Raises `CudaIsBroken` where nothing more can be measured in this process.
+    """
+    todo = []
+    for variant in VARIANTS:
+        key = f"{case.name} {variant}"
+        reason = "failed before" if key in results.failed else absent(variant, device)
+        if reason is not None:
+            left_out.append(f"{key}: {reason}")
+        elif not results.has(key):
+            todo.append(variant)
+    if not todo or f"{case.name} off" in results.failed:
+        return
     adapter = LoraConfig(task_type="CAUSAL_LM", r=case.rank, target_modules="all-linear")
     frozen: Any = layers_of(case, device, N_LAYERS)
     lora: Any = get_peft_model(frozen, adapter)
@@ -165,38 +236,33 @@ def measure(
         1, pack.n_tokens, frozen.config.hidden_size, device=device, dtype=frozen.dtype
     )
     torch._dynamo.reset()  # the last case's graphs
-    made: dict[str, Measured] = {}
-    left_out: list[str] = []
-
-    def turns(which: Sequence[str]) -> None:
-        for variant in which:
-            reason = absent(variant, device)
-            if reason is None and variant != "off" and not budget.allows(10.0):
-                reason = "no time left"
-            if reason is None:
-                try:
-                    made[variant] = Measured(variant, lora, case, pack, grad)
-                except Exception as error:  # the others are still to be measured
-                    if variant == "off":
-                        raise
-                    reason = reason_of(error)
-            if reason is not None:
-                left_out.append(f"{case.name} {variant}: {reason}")
-        for turn in range(rounds):
-            if turn >= LEAST_TURNS and not budget.allows(1.0):
-                break
-            for variant in which:
-                if variant in made:
-                    made[variant].turn(pack, case, grad)
-
-    turns(VARIANTS[:-1])
-    turns(VARIANTS[-1:])
-    return {variant: one.row(made["off"]) for variant, one in made.items()}, left_out
+    off = None
+    for variant in dict.fromkeys(("off", *todo)):
+        key, one, reason = f"{case.name} {variant}", None, None
+        if not budget.allows(SECONDS_NEEDED[variant]):
+            reason = "no time left"
+        else:
+            try:
+                one = Measured(variant, lora, case, pack, grad)
+                off = off or one
+                if variant in todo:
+                    row = one.row(off, rounds, budget)
+                    results.add(key, case=case.name, variant=variant, **row, shape=asdict(case))
+            except Exception as error:  # the others are still to be measured
+                reason = reason_of(error)
+        if reason is not None:
+            left_out.append(f"{key}: {reason}")
+        if reason is not None and "CUDA error" in reason:
+            results.failed.append(key)
+            raise CudaIsBroken(left_out[-1])
+        if off is None:  # nothing to turn with
+            return
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [[row["case"], row["variant"], *(row.get(c) for c in COLUMNS)] for row in rows]
-    return table(["case", "layers", *COLUMNS], lines)
+    notes = [NO_PEAK] if any(row["variant"] == "graphs" for row in rows) else []
+    return "\n".join([table(["case", "layers", *COLUMNS], lines), *notes])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,31 +281,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"bench_body: error: {error}\n")
     if options.smoke:
         body._BACKEND = "aot_eager"  # traced as for inductor, which takes a CPU minutes
+    end_on_sigterm()
     budget = Budget(options.seconds)
+    chosen = SMOKE_CASES if options.smoke else cases(device)
+    chosen = [case for case in chosen if options.only in case.name]
     left_out: list[str] = []
-    for case in SMOKE_CASES if options.smoke else cases(device):
-        if options.only not in case.name or results.has(f"{case.name} off"):
-            continue
-        if case.name in results.failed:
-            left_out.append(f"{case.name}: failed before")
-            continue
-        if not budget.allows(15.0):
-            left_out.append(f"{case.name}: no time left")
-            continue
-        try:
-            rows, reasons = measure(case, device, options.rounds, budget)
-        except Exception as error:
-            rows, reasons = {}, [f"{case.name}: {reason_of(error)}"]
-        for variant, row in rows.items():
-            key = f"{case.name} {variant}"
-            results.add(key, case=case.name, variant=variant, **row, shape=asdict(case))
-        left_out += reasons
-        if any("CUDA error" in reason for reason in reasons):
-            results.failed.append(case.name)
-            results.save()
-            return BROKEN  # another process may go on: --resume
     results.extra["left_out"] = left_out
-    results.save()
+    try:
+        for case in chosen:
+            measure(case, device, options.rounds, budget, results, left_out)
+    except CudaIsBroken as error:  # another process may go on: --resume
+        print(f"bench_body: error: {error}", file=sys.stderr)
+        return BROKEN
+    finally:  # also when it is stopped for time
+        named = {line.partition(": ")[0] for line in left_out} | {
+            row["key"] for row in results.rows
+        }
+        keys = [f"{case.name} {variant}" for case in chosen for variant in VARIANTS]
+        left_out += [f"{key}: not reached" for key in keys if key not in named]
+        results.save()
     print(f"{facts['device']['name']}, commit {facts['commit']}; {command}")
     print(as_table(results.rows))
     for line in left_out_lines(left_out):

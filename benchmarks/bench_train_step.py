@@ -108,6 +108,8 @@ def reason_of(error: Exception) -> str:
         return f"failed: {said[-300:]}"
     if "'gpu_memory'" in said:  # fastdpo's plan, before it begins
         return f"does not fit: {said[:300]}"
+    if "CUDA error" in said:  # the first of its words, before 400 characters of advice
+        said = said[said.index("CUDA error") :][:300]
     traceback.print_exception(error, limit=-12)
     return f"failed: {type(error).__name__}: {said[-300:]}"
 

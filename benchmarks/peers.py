@@ -213,10 +213,12 @@ def absent(trainer: str) -> str | None:
     return f"{', '.join(missing)} not installed" if missing else None
 
 
-def layers_absent(trainer: str, device: torch.device) -> str | None:
+def layers_absent(trainer: str, device: torch.device, tuning: str) -> str | None:
     """Why fastdpo can't have these layers here, or None."""
     if trainer == "fastdpo-liger":
         return _liger_missing(device)
+    if tuning == "qlora":
+        return "fastdpo doesn't compile quantized layers"
     return "needs a GPU" if trainer == "fastdpo-graphs" and device.type != "cuda" else None
 
 

@@ -148,8 +148,10 @@ class Bench:
         """Why `trainer` can't run this case here, or None."""
         if trainer == "unsloth":
             return peers.unsloth_absent(self.device, self.case.tuning, self.unsloth_python)
-        if trainer in LAYERS and (reason := peers.layers_absent(trainer, self.device)):
-            return reason
+        if trainer in LAYERS:
+            reason = peers.layers_absent(trainer, self.device, self.case.tuning)
+            if reason is not None:
+                return reason
         return peers.absent(trainer) or workloads.absent(self.case.tuning)
 
     def measure(self, trainer: str, seconds: float | None = None) -> dict[str, Any]:

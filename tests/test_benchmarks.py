@@ -289,9 +289,17 @@ def test_other_layers_are_trained_with_where_asked_for(tmp_path, capsys, monkeyp
     assert bench_train_step.main(words) == 0
     left_out = json.loads(path.read_text())["left_out"]
     assert left_out == [
-        f"tiny-lora-hh/fastdpo-liger/0: {peers.layers_absent('fastdpo-liger', CPU)}",
+        f"tiny-lora-hh/fastdpo-liger/0: {peers.layers_absent('fastdpo-liger', CPU, 'lora')}",
         "tiny-lora-hh/fastdpo-graphs/0: needs a GPU",
     ]
+    qlora = dataclasses.replace(bench_train_step.SMOKE_CASES[0], tuning="qlora")
+    monkeypatch.setattr(bench_train_step, "SMOKE_CASES", (qlora,))
+    compiled = ["fastdpo-compiled", "fastdpo-graphs"]
+    arguments = ["--smoke", "--no-phases", "--output", str(path), "--trainers", *compiled]
+    assert bench_train_step.main(arguments) == 0
+    left_out = json.loads(path.read_text())["left_out"]
+    reason = "fastdpo doesn't compile quantized layers"
+    assert left_out == [f"tiny-qlora-hh/{name}/0: {reason}" for name in compiled]
 
 
 def test_hh_reports_a_run(tmp_path, capsys):

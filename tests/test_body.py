@@ -166,21 +166,58 @@ def test_the_benchmark_measures_what_can_be_had_here(tmp_path, capsys, monkeypat
     assert rows["layers"]["differs"] < 1e-5 and rows["layers"]["x off"] > 0  # fp32, four layers
     assert capsys.readouterr().out.count("left out, needs a GPU") == 1
 
+    from transformers.models.llama import modeling_llama
+
+    rope = modeling_llama.apply_rotary_pos_emb
+    calls = {"liger": 0}
+
+    def their_rope(*args, **kwargs):
+        calls["liger"] += 1
+        return rope(*args, **kwargs)
+
     def make(variant, lora, case, device):
+        if made and made[-1] != "fp8":  # every variant is kept before the next is made
+            assert made[-1] in [row["variant"] for row in json.loads(path.read_text())["rows"]]
         made.append(variant)
         if variant == "fp8":
-            raise RuntimeError("CUDA error: an illegal memory access")
-        return plain("off", lora, case, device)
+            raise RuntimeError("CUDA error: an illegal memory access " + "with advice " * 40)
+        model = plain("off", lora, case, device)
+        if variant == "liger":
+            modeling_llama.apply_rotary_pos_emb = their_rope
+        return model
 
     made: list[str] = []
     plain = bench_body.make
     monkeypatch.setattr(bench_body, "absent", lambda *_: None)
     monkeypatch.setattr(bench_body, "make", make)
     assert bench_body.main(arguments) == harness.BROKEN
-    assert made == list(bench_body.VARIANTS)  # liger's last: it replaces what all models call
+    assert made == ["off", "layers", "graphs", "fp8"]
     document = json.loads(path.read_text())
-    assert {row["variant"] for row in document["rows"]} == set(made) - {"fp8"}
-    assert bench_body.main([*arguments, "--resume"]) == 0  # not tried again
+    assert [row["variant"] for row in document["rows"]] == made[:3]
+    failed, rest = document["left_out"]
+    assert failed.startswith("D=64 T=256 r=4 fp8: failed: RuntimeError: CUDA error")
+    assert rest == "D=64 T=256 r=4 liger: not reached"
+
+    assert bench_body.main([*arguments, "--resume"]) == 1  # fp8 is not tried again, and named
+    assert made[4:] == ["off", "liger"]
+    assert bench_body.NO_PEAK in capsys.readouterr().out
+    document = json.loads(path.read_text())
+    assert [row["variant"] for row in document["rows"]] == ["off", "layers", "graphs", "liger"]
+    assert document["left_out"] == ["D=64 T=256 r=4 fp8: failed before"]
+    # A first pass, two more, and a turn: in liger's alone, none of those of off between them.
+    assert calls["liger"] == bench_body.N_LAYERS * (3 + bench_body.PASSES)
+    assert modeling_llama.apply_rotary_pos_emb is rope
+
+    monkeypatch.setitem(bench_body.SECONDS_NEEDED, "off", 0.0)
+    assert bench_body.main([*arguments, "--seconds", "5"]) == 0
+    document = json.loads(path.read_text())
+    assert [row["variant"] for row in document["rows"]] == ["off"]
+    assert [line.partition(": ")[2] for line in document["left_out"]] == ["no time left"] * 4
+    monkeypatch.setitem(bench_body.SECONDS_NEEDED, "off", 9.0)
+    assert bench_body.main([*arguments, "--seconds", "5"]) == 0
+    document = json.loads(path.read_text())
+    reasons = [line.partition(": ")[2] for line in document["left_out"]]
+    assert document["rows"] == [] and reasons == ["no time left"] + ["not reached"] * 4
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
