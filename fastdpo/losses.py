@@ -317,8 +317,9 @@ def f_scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
 
     alpha_divergence: f'(u) = (u^(alpha - 1) - 1) / (alpha - 1), the exponent held below 80 as TRL
     does; alpha 1 is reverse_kl. forward_kl: f'(u) = 1 - 1 / u, which nothing holds: below a
-    log-ratio of -709 (fp64) it is -inf. So is then the loss of such a chosen response, and the step
-    is not finite; of a rejected one the loss is 0, and so is its gradient.
+    log-ratio of -88 (fp64: -709) it is -inf. So is then the loss of such a chosen response, and the
+    step is not finite; of a rejected one the loss is 0 where the loss has that limit (sigmoid
+    without smoothing, hinge), and so is its gradient.
     """
     if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(alpha - 1) < 1e-6):
         return logratios

@@ -245,9 +245,9 @@ def refuse_nonfinite(trainer: DPOTrainer) -> None:
     )
     if trainer.args.f_divergence_type == "forward_kl":
         text += (
-            "; forward_kl's score 1 - exp(-log-ratio) is beyond fp32 where the policy makes a "
-            "response less likely than the reference by 88 nat: f_divergence_type js_divergence "
-            "or reverse_kl has no such limit"
+            "; it may be forward_kl, whose score 1 - exp(-log-ratio) is beyond fp32 where the "
+            "policy makes a response less likely than the reference by 88 nat: f_divergence_type "
+            "js_divergence or reverse_kl has no such limit"
         )
     if not stops:
         logger.warning("%s; skipped, as %d steps so far", text, trainer.guard.n_bad)

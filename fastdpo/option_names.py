@@ -43,12 +43,14 @@ def settle(owner: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def overridden(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    """`values`, and `by` in the place of those of the same option, whatever name it has there."""
+    """`values`, and `by` in the place of those of the same option, whatever name it has there.
+    None under a second name says nothing, as in `settle`."""
+    names = {**ALIASES, "warmup_ratio": "warmup_steps"}
 
     def one_name(name: str) -> str:
-        return {**ALIASES, "warmup_ratio": "warmup_steps"}.get(name, name)
+        return names.get(name, name)
 
-    said = {one_name(name) for name in by}
+    said = {one_name(name) for name, value in by.items() if value is not None or name not in names}
     return {name: value for name, value in values.items() if one_name(name) not in said} | by
 
 

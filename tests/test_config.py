@@ -292,6 +292,13 @@ def test_round_trips(tmp_path):
     assert to_plain(changed) == {**to_plain(made), "beta": 0.3}
 
 
+def test_none_under_a_second_name_leaves_the_files_value(tmp_path):
+    (tmp_path / "c.yaml").write_text("warmup_steps: 100\ngradient_checkpointing: false\n")
+    nothing = {"warmup_ratio": None, "activation_checkpointing": None}
+    args = DPOConfig.from_yaml(tmp_path / "c.yaml", output_dir="o", use_cpu=True, **nothing)
+    assert (args.warmup_steps, args.gradient_checkpointing) == (100, False)
+
+
 def test_from_yaml_leaves_model_and_dataset_to_the_command_line(tmp_path):
     write_yaml(tmp_path / "c.yaml", {"dataset_name": "x", "lora_r": 4, "beta": 0.5})
     assert DPOConfig.from_yaml(tmp_path / "c.yaml", use_cpu=True, output_dir="y").beta == 0.5

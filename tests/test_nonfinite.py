@@ -124,7 +124,9 @@ def test_the_limit_of_forward_kl_is_named(tmp_path):
         return plain(pack, reference + 100)
 
     made._score = far  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match="step 1: the loss of pair .* forward_kl's score 1 - exp"):
+    with pytest.raises(
+        ModelError, match="step 1: the loss of pair .* forward_kl, whose score 1 - exp"
+    ):
         made.train()
 
 

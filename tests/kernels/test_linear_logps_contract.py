@@ -163,6 +163,7 @@ def bad_calls():
         "temperature": ((h, w, y), {"temperature": -1}, ValueError, "temperature must be pos"),
         "scale": ((h, w, y), {"scale": math.inf}, ValueError, "scale must be finite"),
         "stat": ((h, w, y), {"stats": ("entropi",)}, ValueError, "called 'entropi'"),
+        "one": ((h, w, y), {"stats": "entropy"}, TypeError, r"write stats=\('entropy',\)"),
         "stats": ((h, w, y), {"stats": ("entropy",) * 2}, ValueError, "names one twice"),
         "impl": ((h, w, y), {"impl": "cuda"}, ValueError, "impl='cuda' is unknown"),
         "workspace": ((h, w, y), {"workspace_bytes": 0}, ValueError, "at least 1 .* got 0"),

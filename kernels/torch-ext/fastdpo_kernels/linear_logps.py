@@ -119,6 +119,8 @@ def linear_logps(
             gives NaN (`is_top1`: False) and a later call raises, or `raise_pending`.
         RuntimeError: `impl="triton"` where Triton cannot run.
     """
+    if isinstance(stats, str):
+        raise TypeError(f"linear_logps: stats is a sequence of names; write stats=({stats!r},)")
     stats = tuple(stats)
     check(
         hidden, weight, targets, bias, lora, softcap, scale, temperature, ignore_index, stats,
