@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -106,7 +106,7 @@ def refuse_routers(model: PeftModel) -> None:
     kinds = {
         name.removeprefix("base_model.model."): type(module.get_base_layer()).__name__
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLinear)  # of a parameter, as of Mixtral's router, it is another
     }
     routers = [name for name, kind in kinds.items() if kind.endswith("Router")]
     if routers:
