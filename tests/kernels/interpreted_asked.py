@@ -12,7 +12,7 @@ from fastdpo_kernels import linear_logps_triton as driver
 from fastdpo_kernels import linear_logps_triton_job as jobs
 from fastdpo_kernels import tiles
 from fastdpo_kernels.linear_logps import linear_logps
-from fastdpo_kernels.tiles import Gemm, Plan, Variant
+from fastdpo_kernels.tiles import Gemm, Variant
 from tests.kernels.interpreter import patch_once
 from tests.kernels.linear_logps_cases import Sizes, Trained
 from tests.numerics import assert_each_gradient_alone, peaked_head
@@ -41,21 +41,6 @@ def products(monkeypatch) -> list[int]:
     monkeypatch.setattr(jobs, "multiply", product(jobs.multiply))
     for name in ("multiply", "multiply_splits"):
         monkeypatch.setattr(driver, name, product(getattr(driver, name)))
-    return made
-
-
-@pytest.fixture
-def plans(monkeypatch) -> list[Plan]:
-    """What is run, in order."""
-    made = []
-    for name in ("run_forward", "run_weight_grad"):
-        runner = getattr(driver, name)
-
-        def spy(*args, _runner=runner):
-            made.append(args[-1])
-            return _runner(*args)
-
-        monkeypatch.setattr(driver, name, spy)
     return made
 
 

@@ -36,21 +36,6 @@ N, WORKSPACE = 100, 12_000
 E_ULP = {torch.float32: 0.0, torch.float16: 3 * 2.0**-8}
 
 
-@pytest.fixture
-def plans(monkeypatch) -> list[Plan]:
-    """What is run, in order."""
-    made = []
-    for name in ("run_forward", "run_weight_grad"):
-        runner = getattr(driver, name)
-
-        def spy(*args, _runner=runner):
-            made.append(args[-1])
-            return _runner(*args)
-
-        monkeypatch.setattr(driver, name, spy)
-    return made
-
-
 def in_blocks(plans: list[Plan]) -> None:
     *_, forward, backward = plans
     assert forward.rows <= N // 3 and forward.beside == 0
